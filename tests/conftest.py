@@ -1,0 +1,61 @@
+"""What every test gets: no network but loopback, and a way to run a piece of a test in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+
+import pytest
+
+
+def _is_local(address: object) -> bool:
+    """Unix sockets are addressed by a path, the others by (host, port, ...)."""
+    host = address[0] if isinstance(address, tuple) else None
+    return host is None or host in ("localhost", "::1", "", None) or str(host).startswith("127.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def only_loopback() -> Iterator[None]:
+    """Refuse every connection and every name lookup that would leave this machine."""
+    patch = pytest.MonkeyPatch()
+    for name in ("connect", "connect_ex"):
+        original = getattr(socket.socket, name)
+
+        def guarded(self: socket.socket, address: object, original: Callable = original) -> object:
+            if not _is_local(address):
+                raise OSError(f"tests have no network: {address!r}")
+            return original(self, address)
+
+        patch.setattr(socket.socket, name, guarded)
+    lookup = socket.getaddrinfo
+
+    def guarded_lookup(host: object, *args: object, **options: object) -> object:
+        if not _is_local((host,)):
+            raise socket.gaierror(f"tests have no network: {host!r}")
+        return lookup(host, *args, **options)  # type: ignore[arg-type]
+
+    patch.setattr(socket, "getaddrinfo", guarded_lookup)
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def forked() -> Callable[..., int]:
+    """Run a function in a forked child; the result is its exit code, 0 if it returned, 70 if it raised, minus the signal that killed it."""
+
+    def run(function: Callable[..., object], *args: object) -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 70
+            try:
+                function(*args)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    return run

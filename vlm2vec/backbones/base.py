@@ -1,0 +1,275 @@
+"""What differs between model families, behind two classes: a Processor (no weights, for loader workers) and a Backbone (the weights).
+
+A family is one file with one subclass of each; giving `model_types` registers it. Everything around them (prompts, pooling, adapters,
+training) is written once and never names a family.
+
+Shape letters: C items in a chunk, L tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer
+from vlm2vec.collate import Features, pad_tokens
+from vlm2vec.config import ModelConfig
+from vlm2vec.errors import DataError, ModelError, RecipeError
+from vlm2vec.io import digest
+from vlm2vec.log import get_logger
+from vlm2vec.prompts import split
+
+Part = Literal["language", "projector", "vision", "head"]
+Assets = dict[str, str] | None  # text of small files by name
+AnyProcessor = TypeVar("AnyProcessor", bound="Processor")
+FAMILIES: dict[str, type[Backbone]] = {}  # by the `model_type` of config.json; filled as the family modules are imported
+
+# Files beside the weights that we neither read nor change but that other libraries need to open what we save.
+ASSETS = ("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
+MUCH_TOO_LONG = 10  # a text this many times over its limit is worth a warning
+
+logger = get_logger(__name__)
+
+
+class Processor(ABC):
+    """Prompt and pictures of one item -> Features, and rows of Features -> a padded chunk. Pickles.
+
+    Text is tokenized piece by piece with control tokens switched off, so nothing that a user writes can become one; image tokens are
+    inserted by id. A text over its limit loses tokens from its end, a picture never does.
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.options = options
+        self.assets = assets or {}
+        self.image_token_id: int = config.image_token_id
+        self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if self.image_token is None:
+            raise ModelError(f"tokenizer has no token {self.image_token_id}, which stands for a picture; it does not belong to this model")
+        self.limit_pixels(options.min_pixels, options.max_pixels)
+        self._protect(self.control_tokens())
+        self.prefix, self.suffix = self._frame()
+        self._warned = False
+
+    @classmethod
+    def load(cls: type[AnyProcessor], folder: Path, options: ModelConfig, config: Any) -> AnyProcessor:
+        """Read the tokenizer and image processor in `folder`; `config` is the model's. Raises ModelError on a file that cannot be used."""
+        assets = {name: (folder / name).read_text(encoding="utf-8") for name in ASSETS if (folder / name).is_file()}
+        return cls(load_tokenizer(folder, options), load_image_processor(folder, options), options, config, assets)
+
+    # -- what a family says ----------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """Model inputs of one RGB picture, without a batch dimension beyond what the family needs."""
+
+    @abstractmethod
+    def image_token_ids(self, inputs: dict[str, Tensor]) -> list[int]:
+        """The ids that stand for a picture in the token sequence, one image token per feature vector and any markers around them."""
+
+    @abstractmethod
+    def image_tokens_estimate(self, width: int, height: int) -> int:
+        """How many ids `image_token_ids` will give for a picture of this size: arithmetic only, so that it can be asked before decoding."""
+
+    @abstractmethod
+    def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
+        """Model inputs of a chunk beside `input_ids` and `attention_mask`; empty of pixels when no row has a picture."""
+
+    def control_tokens(self) -> list[str]:
+        """Tokens that only we may insert, beside those that the tokenizer already treats as special."""
+        return [self.image_token]
+
+    def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
+        """Tell the image processor the picture area that the recipe asks for. Raises RecipeError where the family cannot follow."""
+        if smallest or largest:
+            raise RecipeError(f"model.{'min' if smallest else 'max'}_pixels: this model has one fixed picture size; leave it null")
+
+    def text_budget(self, image_tokens: int) -> int:
+        """How many text tokens fit beside `image_tokens` image tokens."""
+        return self.options.max_tokens
+
+    # -- what is the same for all ----------------------------------------------------------------------------------------------------------
+
+    def features(self, prompt: str, images: Sequence[Image.Image]) -> Features:
+        """Tokens and pixels of one item. Raises DataError when prompt and pictures do not match, or when there is nothing to embed."""
+        pieces = split(prompt, len(images))
+        order = [piece for piece in pieces if isinstance(piece, int)]
+        for index in sorted(set(range(len(images))) - set(order)):
+            raise DataError(f"prompt has no placeholder for picture {index + 1} of {len(images)}: {prompt[:80]!r}")
+        inputs = {index: self.image_inputs(images[index]) for index in order}
+        tokens = {index: self.image_token_ids(inputs[index]) for index in order}
+        texts, cut = self._fit(pieces, self.text_budget(sum(map(len, tokens.values()))))
+        runs = [tokens[piece] if isinstance(piece, int) else texts[place] for place, piece in enumerate(pieces)]
+        ids = self.wrap(list(chain.from_iterable(runs)))
+        if not ids:
+            raise DataError("prompt has neither text nor image: there is nothing to embed")
+        return Features(torch.tensor(ids, dtype=torch.long), [inputs[index] for index in order], cut)
+
+    def wrap(self, ids: list[int]) -> list[int]:
+        """`ids` between the tokens that the tokenizer's own template puts around a text, such as [CLS] and [SEP] or a beginning of text."""
+        return [*self.prefix, *ids, *self.suffix]
+
+    def collate(self, rows: Sequence[Features]) -> dict[str, Tensor]:
+        """Pad `rows` to one chunk: `input_ids` and `attention_mask` (C, L) and what the family adds."""
+        input_ids_CL, mask_CL = pad_tokens([row.input_ids for row in rows], self.pad_id, self.options.padding_side)
+        return {"input_ids": input_ids_CL, "attention_mask": mask_CL, **self.collate_images(rows, input_ids_CL)}
+
+    def positions(self, rows: Sequence[Features]) -> Tensor:
+        """Position ids (C, L) that count from 0 at the first real token, whatever the padding side; 0 on padding."""
+        return pad_tokens([torch.arange(len(row)) for row in rows], 0, self.options.padding_side)[0]
+
+    @property
+    def pad_id(self) -> int:
+        """Id on padding; the mask hides it, so any valid id serves where a tokenizer has none."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of all that the output of `features` depends on beside its arguments."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        parts = {
+            "class": type(self).__name__,
+            "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
+            "image_processor": json.loads(self.image_processor.to_json_string()),
+            "image_token_id": self.image_token_id,
+            "options": [self.options.max_tokens, self.options.min_pixels, self.options.max_pixels],
+            "backend": ["pil", version("pillow"), version("transformers"), version("tokenizers")],
+        }
+        return digest(parts)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write tokenizer, image processor and the files kept for other libraries, in the Hugging Face layout."""
+        self.tokenizer.save_pretrained(str(directory))
+        self.image_processor.save_pretrained(str(directory))
+        for name, text in self.assets.items():
+            (Path(directory) / name).write_text(self._current(name, text), encoding="utf-8")
+
+    def _current(self, name: str, text: str) -> str:
+        """A kept file; where it nests the image processor's settings, which then win over preprocessor_config.json, those in use now."""
+        if name != "processor_config.json" or "image_processor" not in (nested := json.loads(text)):
+            return text
+        return json.dumps({**nested, "image_processor": json.loads(self.image_processor.to_json_string())}, indent=2, sort_keys=True) + "\n"
+
+    def _protect(self, tokens: Sequence[str]) -> None:
+        """Mark `tokens` special: `split_special_tokens` still matches added tokens that are not, as `<row_1_col_1>` may be."""
+        plain = [token for token in tokens if token not in self.tokenizer.all_special_tokens]
+        self.tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in plain], special_tokens=True)
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        plain, framed = self._encode("a"), self.tokenizer("a", split_special_tokens=True)["input_ids"]
+        start = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), None)
+        if start is None:
+            raise ModelError("tokenizer changes a text when it adds special tokens; this is not supported")
+        return framed[:start], framed[start + len(plain) :]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            before = text[max(0, error.start - 20) : error.start]
+            raise DataError(f"text holds a lone surrogate at character {error.start}, after {before!r}") from None
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _fit(self, pieces: Sequence[str | int], budget: int) -> tuple[dict[int, list[int]], int]:
+        """Token ids of the text pieces by their place, at most `budget` in all, and how many were cut.
+
+        Tokens go from the end, except the newlines that end a prompt: an embedding is often read from the last one.
+        """
+        texts = {place: self._encode(piece) for place, piece in enumerate(pieces) if isinstance(piece, str)}
+        total = sum(map(len, texts.values()))
+        if total <= budget:
+            return texts, 0
+        self._warn(total, budget)
+        last = len(pieces) - 1
+        tail: list[int] = []
+        if isinstance(ending := pieces[last], str):
+            body = ending.rstrip("\n")
+            texts[last], tail = self._encode(body), self._encode(ending[len(body) :])[:budget]
+        room = budget - len(tail)
+        for place, ids in texts.items():
+            texts[place] = ids[:room]
+            room -= len(texts[place])
+        if tail:
+            texts[last] += tail
+        return texts, total - sum(map(len, texts.values()))
+
+    def _warn(self, total: int, budget: int) -> None:
+        if total > MUCH_TOO_LONG * budget and not self._warned:
+            logger.warning("a text of %d tokens was cut to %d (model.max_tokens); further ones are cut without a warning", total, budget)
+            self._warned = True
+
+
+class Backbone(nn.Module, ABC):
+    """A transformers model read as an encoder: its inner model is called, its language head never.
+
+    `model` is kept whole (the ForConditionalGeneration class where there is one), so adapter keys and checkpoints are the family's own.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    processor_class: ClassVar[type[Processor]]
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    # Name component -> part; the first entry that occurs in a dotted name decides, so put what lies inside another first.
+    parts: dict[str, Part] = {}
+    tower_names: tuple[str, ...] = ()  # dotted paths in `model`, in the order in which pixels pass through them
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FAMILIES.update(dict.fromkeys(cls.model_types, cls))
+
+    def __init__(self, model: Any, processor: Processor, options: ModelConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.options = options
+
+    @classmethod
+    def load(cls, path: Path, options: ModelConfig) -> Backbone:
+        """Read a checkpoint folder strictly. Raises ModelError on a missing, unexpected or damaged tensor or file."""
+        model = load_model(cls.auto_class, path, options)
+        return cls(model, cls.processor_class.load(path, options, model.config), options)
+
+    @classmethod
+    @abstractmethod
+    def tiny_checkpoint(cls, to: Path, seed: int = 0, model_type: str | None = None) -> Path:
+        """Write a random miniature in the family's real checkpoint layout; equal seeds give equal tensors."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of an embedding."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """Last hidden states (C, L, D) of a collated chunk."""
+        return self.model.model(**batch, use_cache=False).last_hidden_state
+
+    def part_of(self, name: str) -> Part:
+        """The part that a parameter or module of `model` belongs to, by its dotted name. Raises ModelError for a name outside all parts."""
+        components = name.split(".")
+        for component, part in self.parts.items():
+            if component in components:
+                return part
+        raise ModelError(f"{name}: belongs to no known part of a {self.model.config.model_type} model")
+
+    def towers(self) -> list[nn.Module]:
+        """Modules that turn pixels into what the language model reads, in order: the vision tower, then a projector of its own."""
+        return [self.model.get_submodule(name) for name in self.tower_names]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write weights, configuration, tokenizer and image processor in the family's Hugging Face layout."""
+        self.model.save_pretrained(str(directory))
+        self.processor.save_pretrained(directory)

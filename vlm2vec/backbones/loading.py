@@ -1,0 +1,142 @@
+"""From what a recipe calls a model to a local folder, and from a folder to strictly loaded parts.
+
+Nothing is repaired quietly: code that ships with a model, a tensor that is missing or unexpected, a file that is not what its name
+says are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+
+from vlm2vec.backbones.weights import check_text, check_weights
+from vlm2vec.config import ModelConfig
+from vlm2vec.errors import ModelError
+from vlm2vec.io import read_json
+
+BUILTIN_PREFIX = "builtin/"
+CONFIG = "config.json"
+JSON_FILES = (CONFIG, "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
+WANTED = ("*.safetensors", *(f"*{suffix}" for suffix in TEXT_SUFFIXES))
+LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+def resolve(options: ModelConfig) -> Path:
+    """The local folder of `options.path`: an existing folder, a built-in model (made on first use) or a snapshot from the Hub."""
+    if options.path.startswith(BUILTIN_PREFIX):
+        from vlm2vec.backbones.builtin import builtin_checkpoint  # it imports the families, which import this module
+
+        return builtin_checkpoint(options.path.removeprefix(BUILTIN_PREFIX))
+    folder = Path(options.path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or options.path.startswith((".", "~")) or options.path.count("/") > 1:
+        raise ModelError(f"{options.path}: no such folder; model.path is a folder, a Hub id such as owner/name, or builtin/<name>")
+    return _snapshot(options)
+
+
+def _snapshot(options: ModelConfig) -> Path:
+    name = f"{options.path}@{options.revision or 'main'}"
+    try:
+        return Path(snapshot_download(options.path, revision=options.revision, allow_patterns=list(WANTED)))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(f"model {name} not in cache and offline; connect once, or give a local folder as model.path") from error
+    except GatedRepoError as error:
+        raise ModelError(f"model {name} is gated: accept its terms on the Hub and set HF_TOKEN ({_words(error)})") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"model {name} cannot be had; check its name, model.revision and HF_TOKEN ({_words(error)})") from error
+
+
+def _words(error: Exception) -> str:
+    """The server's message without the line breaks and the trailing help text."""
+    return " ".join((getattr(error, "server_message", None) or str(error)).split())[:300]
+
+
+def read_config(folder: Path, options: ModelConfig) -> dict[str, Any]:
+    """config.json of `folder`, after refusing shipped code while `trust_remote_code` is off."""
+    if not (folder / CONFIG).is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        what = "it is a LoRA adapter, give its base model as path" if is_adapter else "it is no model folder"
+        raise ModelError(f"{folder}: no {CONFIG}; {what}")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in TEXT_SUFFIXES:
+            check_text(file)
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            _refuse_code(folder / name, options)
+    return _json_object(folder / CONFIG)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _refuse_code(file: Path, options: ModelConfig) -> None:
+    modules = sorted({f"{name.rpartition('.')[0].rpartition('--')[2]}.py" for name in _code_names(_json_object(file))})
+    if modules and not options.trust_remote_code:
+        raise ModelError(
+            f"{file}: repo ships code ({', '.join(modules)}); refused. "
+            "If you have read it, set model.trust_remote_code: true and model.revision to the commit you read"
+        )
+
+
+def _code_names(settings: Any, mapped: bool = False) -> Iterator[str]:
+    """Classes named by any `auto_map`, however deep: "module.Class", "owner/repo--module.Class" or lists of these."""
+    if isinstance(settings, str) and mapped:
+        yield settings
+    elif isinstance(settings, list) and mapped:
+        for entry in settings:
+            yield from _code_names(entry, mapped)
+    elif isinstance(settings, dict):
+        for key, value in settings.items():
+            yield from _code_names(value, mapped or key == "auto_map")
+
+
+def load_model(auto_class: str, folder: Path, options: ModelConfig) -> Any:
+    """The transformers model in `folder`, every tensor accounted for. Raises ModelError otherwise."""
+    check_weights(folder)
+    model, report = _load(
+        getattr(transformers, auto_class).from_pretrained,
+        folder,
+        options,
+        dtype=getattr(torch, options.dtype),
+        attn_implementation=options.attention,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(entry if isinstance(entry, str) else entry[0]) for entry in report[f"{kind}_keys"])
+        if names:
+            raise ModelError(
+                f"{folder}: {len(names)} {kind} tensor{'s' * (len(names) > 1)}, first {names[0]}; "
+                f"the weights do not belong to a {type(model).__name__} of this configuration"
+            )
+    return model
+
+
+def load_tokenizer(folder: Path, options: ModelConfig) -> Any:
+    """The tokenizer in `folder`."""
+    return _load(transformers.AutoTokenizer.from_pretrained, folder, options)
+
+
+def load_image_processor(folder: Path, options: ModelConfig) -> Any:
+    """The image processor in `folder`, always the PIL one, so that pixels do not depend on whether torchvision is there."""
+    return _load(transformers.AutoImageProcessor.from_pretrained, folder, options, backend="pil")
+
+
+def _load(loader: Callable[..., Any], folder: Path, options: ModelConfig, **kwargs: Any) -> Any:
+    try:
+        return loader(str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True, **kwargs)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error

@@ -1,0 +1,52 @@
+"""Checkpoints made on the spot: byte-level tokenizers and random weights, for the miniatures and the models trained from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+VLM = "AutoModelForImageTextToText"
+
+
+def byte_tokenizer(
+    named: dict[str, str], plain: Sequence[str] = (), words: Iterable[str] = (), size: int = 256, frame: str = ""
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: 256 bytes, merges learned from `words` up to `size` ids, then the special tokens.
+
+    `named` maps a role such as `pad_token` or `image_token` to its token; `plain` are further special tokens. `frame` is a template such as
+    "[CLS] $A [SEP]" that a text is put into. Equal arguments give equal tokenizers.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if size > len(alphabet):
+        tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    tokens = [*named.values(), *plain]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    if frame:
+        used = [(token, tokenizer.token_to_id(token)) for token in tokens if token in frame.split()]
+        tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)
+    roles = {role: token for role, token in named.items() if role in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES}
+    extra = {role: token for role, token in named.items() if role not in roles}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, extra_special_tokens=extra)
+
+
+def new_model(config: Any, seed: int = 0, auto_class: str = VLM) -> Any:
+    """A randomly initialised model of `config`; leaves the global random state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return getattr(transformers, auto_class).from_config(config)
+
+
+def write_checkpoint(to: Path, config: Any, tokenizer: Any, image_processor: Any, seed: int = 0, auto_class: str = VLM) -> Path:
+    """Write a randomly initialised model of `config` with its tokenizer and image processor."""
+    for piece in (new_model(config, seed, auto_class), tokenizer, image_processor):
+        piece.save_pretrained(str(to))
+    return to

@@ -1,0 +1,90 @@
+"""Weight files as bytes: is every safetensors file whole, and the one place that reads a published PyTorch file.
+
+A Git-LFS pointer, an HTML error page or a truncated download is named before anything is loaded, from file sizes and headers alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm2vec.errors import ModelError
+from vlm2vec.io import read_json, sha256_file
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+LFS_POINTER = b"version https://git-lfs"
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ModelError unless `folder` holds one whole model in safetensors: a single file, or an index and all its shards."""
+    if (folder / INDEX).is_file():
+        check_text(folder / INDEX)
+        shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise ModelError(f"{folder / INDEX}: lists {shard}, which is missing (of {len(shards)} shards); download the model again")
+            check_safetensors(folder / shard)
+    elif (folder / WEIGHTS).is_file():
+        check_safetensors(folder / WEIGHTS)
+    else:
+        raise ModelError(f"{folder}: no {WEIGHTS}{_pickles(folder)}")
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise ModelError unless `file` is a safetensors file of exactly the length that its header announces."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(64)
+        _check_not_text(file, start, size)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > HEADER_LIMIT:
+            raise ModelError(f"{file}: not a safetensors file ({size} bytes)")
+        stream.seek(8)
+        header = stream.read(length)
+    try:
+        tensors = json.loads(header)
+        expected = 8 + length + max((entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise ModelError(f"{file}: the safetensors header is damaged or cut off ({size} bytes); download it again") from None
+    if size != expected:
+        fault = "truncated" if size < expected else "too long"
+        raise ModelError(f"{file}: {fault}: {size} bytes, its header says {expected}; download it again")
+
+
+def check_text(file: Path) -> None:
+    """Raise ModelError if a JSON or text file of a checkpoint is a Git-LFS pointer or an HTML page."""
+    with file.open("rb") as stream:
+        _check_not_text(file, stream.read(64), file.stat().st_size)
+
+
+def _check_not_text(file: Path, start: bytes, size: int) -> None:
+    if start.startswith(LFS_POINTER):
+        raise ModelError(f"{file}: file is a Git-LFS pointer ({size} bytes); run `git lfs pull` or download the file itself")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ModelError(f"{file}: file is an HTML page ({size} bytes), probably an error page; download it again")
+
+
+def _pickles(folder: Path) -> str:
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+    if not found:
+        return "; the folder holds no weights"
+    return f", only {found[0]}: pickle weights are refused because loading one can run code; convert it to safetensors"
+
+
+def check_sha256(file: Path, sha256: str) -> None:
+    """Raise ModelError unless the bytes of a published file are the ones we know."""
+    found = sha256_file(file)
+    if found != sha256:
+        raise ModelError(f"{file}: sha256 is {found}, expected {sha256}; install the pinned version of its package again")
+
+
+def read_published_weights(file: Path, sha256: str) -> dict[str, Tensor]:
+    """Tensors of a published PyTorch file with known bytes, read without unpickling objects."""
+    check_sha256(file, sha256)
+    return torch.load(file, map_location="cpu", weights_only=True)

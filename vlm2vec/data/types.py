@@ -1,0 +1,57 @@
+"""What flows from the readers to the backbones: pictures by reference, items and pairs. Nothing here decodes or tokenizes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """A picture not yet decoded: a file, encoded bytes or an open PIL image, with the words an error should use for it.
+
+    `label` is for people ("OK-VQA row 1841: image 'Train/xyz.jpg'") and takes no part in identity.
+    """
+
+    source: Path | bytes | Image.Image
+    label: str = field(default="image", compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """Identity inside one process: the path, or a hash of the bytes or pixels. Two files with equal content differ here."""
+        if isinstance(self.source, Path):
+            return f"path:{self.source}"
+        if isinstance(self.source, bytes):
+            return "bytes:" + hashlib.sha256(self.source).hexdigest()
+        pixels = hashlib.sha256(self.source.tobytes()).hexdigest()
+        return f"pixels:{self.source.mode}:{self.source.size}:{pixels}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to embed: text with or without pictures. `text` may hold placeholders such as `<|image_1|>`; `instruction` says the task."""
+
+    text: str = ""
+    images: tuple[ImageRef, ...] = ()
+    instruction: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """Equal keys mean equal items, so that each is encoded once."""
+        parts = [self.instruction, self.text, *(image.key for image in self.images)]
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training example; `id` is "source:row" and `negatives` may be empty."""
+
+    id: str
+    source: str
+    query: Item
+    positive: Item
+    negatives: tuple[Item, ...] = ()

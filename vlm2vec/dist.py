@@ -1,0 +1,131 @@
+"""Ranks and the few collectives we need. Without a process group this is rank 0 of 1 and every collective returns what it was given.
+
+Torch is imported only once a process group can exist, so that asking for the rank stays cheap. Shape letters: n local rows, N all rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BUCKET_BYTES = 64 << 20  # gradients travel in buckets of this size: few messages, little extra memory
+
+
+def _grouped() -> bool:
+    """Whether torch.distributed has a process group here; does not import torch to find out."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """Index of this process, 0 without a process group."""
+    return sys.modules["torch.distributed"].get_rank() if _grouped() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return sys.modules["torch.distributed"].get_world_size() if _grouped() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and log lines."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if _grouped():
+        sys.modules["torch.distributed"].barrier()
+
+
+def gather_rows(tensor_nd: Tensor) -> tuple[Tensor, int]:
+    """All ranks' rows in rank order, (N, ...), and the index of this rank's first row among them.
+
+    Ranks may hold different numbers of rows, also none. This rank's own rows stay in the autograd graph, the others are constants: when
+    every rank computes the same global loss from all rows, the sum of the parameter gradients over ranks is its exact gradient.
+    """
+    if world_size() == 1:
+        return tensor_nd, 0
+    import torch
+
+    counts = _gather_equal(torch.tensor([len(tensor_nd)], device=tensor_nd.device))
+    sizes = [int(count) for count in counts]
+    padded = tensor_nd.new_zeros((max(sizes), *tensor_nd.shape[1:]))
+    padded[: len(tensor_nd)] = tensor_nd.detach()
+    rows = [part[:size] for part, size in zip(_gather_equal(padded), sizes, strict=True)]
+    rows[rank()] = tensor_nd
+    return torch.cat(rows), sum(sizes[: rank()])
+
+
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
+    """Sum each tensor over ranks, in place. Every rank passes the same shapes in the same order."""
+    if world_size() == 1:
+        return
+    import torch
+
+    with torch.no_grad():
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            torch.distributed.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """One object per rank, in rank order, on every rank. Objects travel as JSON: tuples come back as lists, keys as strings."""
+    if world_size() == 1:
+        return [obj]
+    import torch
+
+    encoded = json.dumps(obj).encode("ascii")
+    rows_N, _ = gather_rows(torch.frombuffer(bytearray(encoded + b"\n"), dtype=torch.uint8).to(_device()))
+    return [json.loads(line) for line in bytes(rows_N.tolist()).splitlines()]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on at least one rank; the same answer on all."""
+    if world_size() == 1:
+        return bool(flag)
+    import torch
+
+    found = torch.tensor([int(flag)], device=_device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def _gather_equal(tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor of one common shape."""
+    import torch
+
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive runs of one dtype and device, each up to BUCKET_BYTES (a larger tensor travels alone)."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        joins = not bucket or (tensor.dtype == bucket[0].dtype and tensor.device == bucket[0].device)
+        if bucket and (not joins or size + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _device() -> torch.device:
+    """Where small messages live: NCCL takes CUDA tensors only."""
+    import torch
+
+    on_cuda = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

@@ -1,0 +1,299 @@
+"""Items in, unit embeddings out: the object that users hold.
+
+Shape letters: N items, C items in a chunk, L tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlm2vec import log, prompts
+from vlm2vec.backbones import load_backbone, resolve
+from vlm2vec.backbones.base import Backbone, Processor
+from vlm2vec.batch import featurize
+from vlm2vec.collate import Features, plan_chunks
+from vlm2vec.config import LoraConfig, ModelConfig
+from vlm2vec.data.types import ImageRef, Item
+from vlm2vec.errors import InputError, ModelError
+from vlm2vec.io import digest, read_json, write_json
+from vlm2vec.lora import ADAPTER_CONFIG, add_lora, check_tensors, load_adapter, save_adapter
+from vlm2vec.pooling import normalize, pool
+
+SETTINGS = "vlm2vec.json"
+TRAINED_PARTS = "trained_parts.safetensors"
+SAVED_OPTIONS = ("pooling", "padding_side", "max_tokens", "min_pixels", "max_pixels")
+WINDOW = 1024  # items whose features are held at once while encoding
+
+ItemLike = str | Image.Image | dict[str, Any] | Item
+
+
+def as_item(value: ItemLike, instruction: str = "") -> Item:
+    """Make an Item of a string, a PIL image or {"text", "image", "instruction"}; `instruction` fills in where none is given."""
+    if isinstance(value, Item):
+        return value if value.instruction else replace(value, instruction=instruction)
+    if isinstance(value, str):
+        return Item(text=value, instruction=instruction)
+    if isinstance(value, Image.Image):
+        return Item(images=(ImageRef(value),), instruction=instruction)
+    if not isinstance(value, dict):
+        raise InputError(f"cannot embed a {type(value).__name__}; give a string, a PIL image or a dict with text, image, instruction")
+    unknown = sorted(value.keys() - {"text", "image", "instruction"})
+    if unknown:
+        raise InputError(f"item has unknown key {unknown[0]!r}; the keys are text, image, instruction")
+    images = tuple(_image_ref(image) for image in _as_list(value.get("image")))
+    item = Item(value.get("text") or "", images, value.get("instruction") or instruction)
+    if not item.text.strip() and not item.images:
+        raise InputError("item has neither text nor image")
+    return item
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _image_ref(image: Any) -> ImageRef:
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, str | Path):
+        return ImageRef(Path(image), f"image '{image}'")
+    if isinstance(image, bytes | Image.Image):
+        return ImageRef(image)
+    raise InputError(f"image must be a path, bytes or a PIL image, got {type(image).__name__}")
+
+
+class _Featurizer(torch.utils.data.Dataset):
+    """Map-style view of items as features, for a DataLoader."""
+
+    def __init__(self, processor: Processor, items: Sequence[Item]) -> None:
+        self.processor, self.items = processor, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Features:
+        return featurize(self.processor, self.items[index])
+
+
+class Encoder:
+    """A backbone, its pooling and its prompt rules: `encode` gives an (N, D) float32 tensor of unit rows, in the order of its input."""
+
+    def __init__(self, backbone: Backbone, adapter: PeftModel | None = None) -> None:
+        self.backbone = backbone
+        self.adapter = adapter
+        self.options = backbone.options
+        self.trained_parts: tuple[str, ...] = ()  # names of the tensors trained in full, saved beside an adapter
+        self.precision = "fp32"  # "bf16" runs the backbone under autocast
+        self.query_instruction = ""
+        self.target_instruction = ""
+
+    # -- making and saving ---------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, model: ModelConfig, lora: LoraConfig | None = None) -> Encoder:
+        """The starting point of a training run: the base model of the recipe, with a fresh adapter if it asks for one."""
+        backbone = load_backbone(model)
+        return cls(backbone, add_lora(backbone, lora) if lora else None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> Encoder:
+        """Load what `save_pretrained` or a run wrote, a plain Hugging Face model, or an adapter folder (its base is found from its config).
+
+        `path` is a folder, a Hub id or `builtin/<name>`; `options` are keys of the recipe's `model` section and win over what was saved.
+        Raises ModelError or AdapterError if anything is missing, unexpected or damaged.
+        """
+        folder = resolve(ModelConfig(path=str(path), revision=revision))
+        if adapter is None and (folder / ADAPTER_CONFIG).exists():
+            saved = _settings(folder)
+            base = saved.get("base") or _published_base(folder)
+            encoder = cls._load(base["path"], base["revision"], folder, saved, options)
+        else:
+            adapter_folder = resolve(ModelConfig(path=str(adapter))) if adapter is not None else None
+            encoder = cls._load(str(path), revision, adapter_folder, _settings(adapter_folder or folder), options)
+        encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        encoder.backbone.model.eval()
+        return encoder
+
+    @classmethod
+    def _load(cls, path: str, revision: str | None, adapter: Path | None, saved: dict[str, Any], options: dict[str, Any]) -> Encoder:
+        backbone = load_backbone(ModelConfig(**{**saved.get("model", {}), **options, "path": path, "revision": revision}))
+        encoder = cls(backbone, load_adapter(backbone, adapter) if adapter else None)
+        if adapter and (adapter / TRAINED_PARTS).exists():
+            encoder._load_parts(adapter / TRAINED_PARTS)
+        encoder.query_instruction = saved.get("query_instruction", "")
+        encoder.target_instruction = saved.get("target_instruction", "")
+        return encoder
+
+    def save_pretrained(self, directory: str | Path, **extra: Any) -> None:
+        """Write a folder that `from_pretrained` reads: a PEFT adapter (with the parts trained in full beside it), or else the whole model.
+
+        Both forms hold the processor and `vlm2vec.json`; `extra` is stored there too.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.adapter is None:
+            self.backbone.save_pretrained(directory)
+        else:
+            save_adapter(self.adapter, directory)
+            base = self._base_parameters()
+            parts = {name: base[name].detach().cpu().contiguous() for name in self.trained_parts}
+            if parts:
+                save_file(parts, directory / TRAINED_PARTS, metadata={"format": "pt"})
+            self.backbone.processor.save_pretrained(directory)
+        write_json(directory / SETTINGS, {**self._saved_settings(), **extra})
+
+    def _saved_settings(self) -> dict[str, Any]:
+        options = asdict(self.options)
+        return {
+            "format": 1,
+            "model": {key: options[key] for key in SAVED_OPTIONS},
+            "base": {"path": self.options.path, "revision": self.options.revision} if self.adapter else None,
+            "query_instruction": self.query_instruction,
+            "target_instruction": self.target_instruction,
+        }
+
+    def _base_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters of the base model by the names they have without an adapter."""
+        return {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters() if "lora_" not in name}
+
+    def _load_parts(self, file: Path) -> None:
+        found = load_file(file)
+        parameters = self._base_parameters()
+        check_tensors({name: parameters[name] for name in found if name in parameters}, found, file)
+        with torch.no_grad():
+            for name, tensor in found.items():
+                parameters[name].copy_(tensor)
+        self.trained_parts = tuple(sorted(found))
+
+    def train_only(self, parts: Sequence[str]) -> None:
+        """Make the adapter and the tensors of `parts` trainable and nothing else. A head that no embedding reads is never trained."""
+        base = self._base_parameters()
+        self.trained_parts = tuple(sorted(name for name in base if self.backbone.part_of(name) in parts))
+        self.model.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_" in name or name.replace(".base_layer.", ".") in self.trained_parts)
+
+    # -- the model -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The transformers model, adapters injected."""
+        return self.backbone.model
+
+    @property
+    def processor(self) -> Processor:
+        return self.backbone.processor
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: str | torch.device) -> Encoder:
+        self.backbone.to(device)
+        return self
+
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """(C, D) float32 unit rows of a collated chunk, differentiable. Raises NonFiniteError on a zero or non-finite embedding."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            hidden_CLD = self.backbone.hidden(batch)
+        return normalize(pool(hidden_CLD, batch["attention_mask"], self.options.pooling))
+
+    def fingerprint(self) -> str:
+        """Digest of all that an embedding depends on beside its item: weights, processor, pooling, precision, prompt rules."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        settings = [self.options.pooling, self.options.padding_side, self.options.attention, self.precision, prompts.VERSION]
+        return digest([sha.hexdigest(), self.processor.fingerprint, settings])
+
+    # -- encoding ------------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self, items: Sequence[ItemLike], *, instruction: str = "", chunk_tokens: int = 32768, workers: int = 0, progress: bool = False
+    ) -> Tensor:
+        """Embed `items` (N) -> (N, D) float32 unit rows on the CPU, in the order of the input. Equal items are computed once.
+
+        Each item is a string, a PIL image or {"text", "image", "instruction"} with image a path, PIL image, bytes or a list of them.
+        `chunk_tokens` bounds the padded tokens of one forward; the result does not depend on it.
+        """
+        if isinstance(items, str | dict | Image.Image | Item):
+            raise InputError("encode takes a list of items; wrap the single item in a list")
+        made = [as_item(item, instruction) for item in items]
+        distinct = list({item.key: item for item in made}.values())
+        if not distinct:
+            return torch.zeros((0, self.backbone.hidden_size))
+        rows = torch.cat([rows for rows in self._windows(distinct, chunk_tokens, workers, progress)])
+        position = {item.key: index for index, item in enumerate(distinct)}
+        return rows[[position[item.key] for item in made]]
+
+    def encode_query(self, items: Sequence[ItemLike], **options: Any) -> Tensor:
+        """`encode` with the query instruction that the model was saved with, where an item brings none."""
+        return self.encode(items, **{"instruction": self.query_instruction, **options})
+
+    def encode_target(self, items: Sequence[ItemLike], **options: Any) -> Tensor:
+        """`encode` with the target instruction that the model was saved with, where an item brings none."""
+        return self.encode(items, **{"instruction": self.target_instruction, **options})
+
+    @staticmethod
+    def similarity(query_BD: Tensor, target_ND: Tensor) -> Tensor:
+        """Cosine similarity (B, N) of unit rows, in float32."""
+        return query_BD.float() @ target_ND.float().T
+
+    def _windows(self, items: Sequence[Item], chunk_tokens: int, workers: int, progress: bool) -> Iterator[Tensor]:
+        """Embeddings of `items`, WINDOW at a time, so that memory does not grow with their number."""
+        was_training = self.model.training
+        self.model.eval()
+        loader = DataLoader(_Featurizer(self.processor, items), batch_size=WINDOW, num_workers=workers, collate_fn=list, shuffle=False)
+        with log.progress(len(items), "encoding", "item", enabled=None if progress else False) as bar:
+            for window in loader:
+                yield self._encode_window(window, chunk_tokens)
+                bar.update(len(window))
+        self.model.train(was_training)
+
+    def _encode_window(self, window: list[Features], chunk_tokens: int) -> Tensor:
+        rows = torch.empty((len(window), self.backbone.hidden_size))
+        for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
+            batch = self.processor.collate([window[index] for index in chunk])
+            rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
+        return rows
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What `save_pretrained` stored beside the weights; empty for a model that others made."""
+    file = folder / SETTINGS
+    if not file.exists():
+        return {}
+    settings = read_json(file)
+    if settings.get("format") != 1:
+        raise ModelError(f"{file}: written in format {settings.get('format')}; this version reads format 1, upgrade vlm2vec")
+    return settings
+
+
+def _published_base(folder: Path) -> dict[str, Any]:
+    """Base model named in a PEFT adapter that others made."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    if not config.get("base_model_name_or_path"):
+        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model; give the base as path and this folder as adapter")
+    return {"path": config["base_model_name_or_path"], "revision": config.get("revision")}

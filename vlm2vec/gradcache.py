@@ -1,0 +1,103 @@
+"""Exact gradients of a loss over more items than memory holds: two passes over chunks, one definition of the loss.
+
+Source: GradCache (Gao et al. 2021, arXiv 2101.06983, section 3.2). Pass 1 embeds every chunk without a graph; the objective is
+differentiated with respect to all embeddings; pass 2 embeds each chunk again with a graph and continues backward from the cached gradient.
+The result is that of the full batch, because each chunk is run under its own seed: both passes draw the same dropout masks, on the CPU and
+on the current CUDA device.
+
+A step is a pure function of weights, chunks and seeds, and the caller's random stream is left as it was found.
+
+Distribution: `gather` (dist.gather_rows) turns the local embeddings into those of all ranks. Every rank then computes the whole objective,
+and gets
+    * for the encoder, its own items' part of the gradient: the SUM over ranks is the gradient of the global loss;
+    * for parameters of the objective (a learnable temperature), the whole gradient, equal on every rank: it must NOT be summed.
+No collective is called inside a backward pass, so ranks may hold different numbers of chunks and mix text-only chunks with pictures.
+
+Shape letters: I local items in chunk order, C items in a chunk, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm2vec.errors import Vlm2VecError
+
+Encode = Callable[[Any], Tensor]  # chunk -> (C, D)
+Objective = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # (I, D), or the gathered rows, -> scalar loss and statistics
+Gather = Callable[[Tensor], tuple[Tensor, int]]  # (I, D) -> rows of all ranks and the index of the first own one, as dist.gather_rows
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one backward pass computed, detached: the loss without its weight, and the local embeddings, for the caller to check."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    embedding_ID: Tensor
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch on the CPU, and on the current CUDA device if CUDA is in use, and put both streams back afterwards.
+
+    Other devices, `random` and numpy are neither seeded nor touched: an encoder must not draw from them.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def cached_backward(
+    chunks: Sequence[Any], encode: Encode, objective: Objective, seeds: Sequence[int], weight: float = 1.0, gather: Gather | None = None
+) -> StepResult:
+    """Add the gradient of `weight * objective(embeddings)` to `.grad`, holding the graph of one chunk at a time.
+
+    `encode(chunk)` -> (C, D) must be a pure function of chunk, weights and torch's random state; there is one seed per chunk. The objective
+    gets the embeddings in chunk order. `weight` is 1/accumulate when several batches make one step.
+    """
+    with torch.no_grad():
+        embedding_ID = torch.cat([_encode_seeded(encode, chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)])
+    result, gradient_ID = _objective_backward(embedding_ID, objective, weight, gather)
+    start = 0
+    for chunk, seed in zip(chunks, seeds, strict=True):
+        with seeded(seed):  # covers the backward too: activation checkpointing runs the encoder in it
+            embedding_CD = encode(chunk)
+            embedding_CD.backward(gradient_ID[start : start + len(embedding_CD)])
+        start += len(embedding_CD)
+    return result
+
+
+def plain_backward(
+    chunks: Sequence[Any], encode: Encode, objective: Objective, seeds: Sequence[int], weight: float = 1.0, gather: Gather | None = None
+) -> StepResult:
+    """The same gradient as `cached_backward` in one pass that keeps every graph: faster when memory allows, and the reference in tests."""
+    embedding_ID = torch.cat([_encode_seeded(encode, chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)])
+    result, gradient_ID = _objective_backward(embedding_ID, objective, weight, gather)
+    embedding_ID.backward(gradient_ID)
+    return result
+
+
+def _encode_seeded(encode: Encode, chunk: Any, seed: int) -> Tensor:
+    with seeded(seed):
+        return encode(chunk)
+
+
+def _objective_backward(embedding_ID: Tensor, objective: Objective, weight: float, gather: Gather | None) -> tuple[StepResult, Tensor]:
+    """Differentiate the objective as far as the embeddings: its result, and the weighted gradient (I, D) of the local ones."""
+    local_ID = embedding_ID.detach()
+    gathered, offset = gather(local_ID) if gather else (local_ID, 0)
+    leaf = gathered.detach().requires_grad_()
+    loss, stats = objective(leaf)
+    (loss * weight).backward()
+    if leaf.grad is None:
+        raise Vlm2VecError("the objective does not depend on the embeddings it was given")
+    return StepResult(loss.detach(), stats, local_ID), leaf.grad[offset : offset + len(local_ID)]

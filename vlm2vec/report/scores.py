@@ -1,0 +1,112 @@
+"""The scores on the page: a headline, a forest plot, and the table that holds every number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vlm2vec.report import charts
+from vlm2vec.report.markup import Markup, breakable, el, join
+from vlm2vec.report.summary import Row, Score, Summary, percent
+from vlm2vec.report.tables import number, size
+
+APART = "* the intervals before and after do not overlap."
+SCALE = (0, 25, 50, 75, 100)
+Anchors = Mapping[str, str]
+
+
+def tiles(summary: Summary) -> Markup:
+    """The headline and the mean of each meta-task in large figures."""
+    head = summary.headline
+    first = [_tile(f"{head.title.partition(',')[0]} mean", head, "tile first")] if head else []
+    return el("div", *first, *(_tile(group.mean.title, group.mean, "tile") for group in summary.groups), class_="tiles")
+
+
+def _tile(name: str, row: Row, style: str) -> Markup:
+    was = f"was {percent(row.before.value)} · " if row.before else ""
+    return el(
+        "div",
+        el("p", name, class_="name"),
+        el("p", percent(row.after.value if row.after else None), el("span", " %", class_="unit"), class_="figure"),
+        el("p", f"{was}chance {percent(row.chance)}", class_="soft"),
+        class_=style,
+    )
+
+
+def forest(summary: Summary, anchors: Anchors) -> Markup:
+    """Every score as a mark with its interval on a scale from 0 to 100 %, before above after; the numbers stand beside them as text."""
+    bunches = [join(_forest_row(group.mean, anchors), *(_forest_row(row, anchors) for row in group.sets)) for group in summary.groups]
+    totals = join(*(_forest_row(row, anchors) for row in summary.totals))
+    scale = el("div", *(el("span", f"{mark} %" if mark == SCALE[-1] else mark) for mark in SCALE), class_="scale", aria_hidden="true")
+    return el(
+        "figure",
+        el("figcaption", el("span", f"{summary.metric} in %", class_="key"), *_legend(summary.compared)),
+        scale,
+        *(el("div", rows, class_="bunch") for rows in (*bunches, totals) if rows),
+        scale,
+        class_="forest" if summary.compared else "forest single",
+    )
+
+
+def _legend(compared: bool) -> list[Markup]:
+    dot, diamond = {"cx": 8, "cy": 8, "r": 4.5}, "M8 1.5L14.5 8L8 14.5L1.5 8Z"
+    keys = [(el("circle", **dot, class_="point before"), "before training")] if compared else []
+    keys += [
+        (el("circle", **dot, class_="point after"), "after training" if compared else "score"),
+        (el("path", d=diamond, class_="point after"), "mean of sets"),
+        (el("line", x1=8, x2=8, y1=1, y2=15, class_="chance"), "chance"),
+    ]
+    drawn = [el("span", _glyph(shape), " ", words, class_="key") for shape, words in keys]
+    return drawn + [el("span", words, class_="key") for words in ("whiskers: 95 % interval", *([APART] if compared else []))]
+
+
+def _glyph(shape: Markup) -> Markup:
+    return el("svg", shape, width=16, height=16, viewBox="0 0 16 16", aria_hidden="true", focusable="false")
+
+
+def _forest_row(row: Row, anchors: Anchors) -> Markup:
+    title = breakable(row.title)
+    name = el("a", title, href=f"#{anchors[row.key]}") if row.details.get("examples") else title
+    split = el("span", row.details["split"], class_="split") if row.details else None
+    value = [el("b", percent(row.after.value if row.after else None)), el("span", interval(row.after), class_="soft interval")]
+    if row.change is not None:
+        value.append(el("span", _change(row), class_="change"))
+    parts = (el("span", name, " ", split, class_="name"), charts.track(row), el("span", *value, class_="value"))
+    return el("div", *parts, class_="row" if row.details else "row mean")
+
+
+def _change(row: Row) -> str:
+    return percent(row.change, signed=True) + ("*" if row.apart else "")
+
+
+def interval(score: Score | None) -> str:
+    """Both ends in per cent, or nothing."""
+    return "" if score is None or score.low is None else f"{percent(score.low)}\N{EN DASH}{percent(score.high)}"
+
+
+def table(summary: Summary, anchors: Anchors) -> Markup:
+    """Every number, in a box that scrolls sideways by itself where the screen is narrow."""
+    scores = ["Before", "After", "Change"] if summary.compared else ["Score"]
+    heads = ["Set", "Split", *scores, "Chance", "Queries", "Candidates", "Ties"]
+    head = el("tr", *(el("th", name, scope="col", class_=None if index < 2 else "num") for index, name in enumerate(heads)))
+    words = f"{summary.metric} in %, with 95 % intervals. {APART if summary.compared else ''}".strip()
+    blocks = [*((group.mean, *group.sets) for group in summary.groups), summary.totals]
+    bodies = [el("tbody", *(_table_row(row, summary.compared) for row in rows)) for rows in blocks if rows]
+    whole = el("table", el("caption", el("span", words)), el("thead", head), *bodies)
+    return el("div", whole, class_="scroll", tabindex=0, role="region", aria_label="All scores as a table")
+
+
+def _table_row(row: Row, compared: bool) -> Markup:
+    scores = [_table_score(row.before), _table_score(row.after), _change(row)] if compared else [_table_score(row.after)]
+    counts = [percent(row.chance), size(row), number(row.details.get("candidates")), number(row.details.get("ties"))]
+    return el(
+        "tr",
+        el("th", breakable(row.title), scope="row"),
+        el("td", row.details.get("split", "")),
+        *(el("td", cell, class_="num") for cell in (*scores, *counts)),
+        class_=None if row.details else "mean",
+    )
+
+
+def _table_score(score: Score | None) -> Markup:
+    ends = interval(score)
+    return join(el("b", percent(score.value if score else None)), el("span", " ", ends, class_="soft interval") if ends else None)

@@ -1,0 +1,70 @@
+"""Small copies of pictures as data URIs, all of them together within a budget of bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from vlm2vec.data.images import load_image
+from vlm2vec.data.types import ImageRef
+from vlm2vec.errors import ImageError
+from vlm2vec.io import safe_join
+
+BUDGET = 2_400_000
+# (longest side in pixels, WebP quality), tried in order until everything fits; the last is used even if it does not.
+LEVELS = ((160, 82), (128, 76), (96, 70), (72, 60), (48, 50), (32, 40))
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture small enough to stand inside the page; width and height are pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def thumbnails(paths: Iterable[str], root: Path | None, budget: int = BUDGET) -> dict[str, Thumbnail]:
+    """Thumbnails of the pictures that can be read, by path below `root`; one that is missing, broken or outside is left out.
+
+    `paths` names a picture as often as the page shows it, because each showing costs its bytes again.
+    """
+    shown = Counter(paths)
+    pictures = {path: picture for path in shown if (picture := _picture(path, root)) is not None}
+    encoded: dict[str, Thumbnail] = {}
+    for side, quality in LEVELS:
+        encoded = {path: _encode(picture, side, quality) for path, picture in pictures.items()}
+        if sum(len(encoded[path].uri) * shown[path] for path in encoded) <= budget:
+            break
+    return encoded
+
+
+def _picture(path: str, root: Path | None) -> Image.Image | None:
+    """The picture, already as small as the largest level, so that many can be held at once."""
+    if root is None:
+        return None
+    try:
+        picture = load_image(ImageRef(safe_join(root, path), label=path))
+    except ImageError:
+        return None
+    return _shrink(picture, LEVELS[0][0])
+
+
+def _shrink(picture: Image.Image, side: int) -> Image.Image:
+    scale = min(1.0, side / max(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _encode(picture: Image.Image, side: int, quality: int) -> Thumbnail:
+    small = _shrink(picture, side)
+    buffer = io.BytesIO()
+    drawn = small.getcolors(256) is not None  # few colours: an icon, which lossy coding would smear
+    small.save(buffer, "WEBP", quality=quality, method=4, lossless=drawn)
+    return Thumbnail("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), *small.size)

@@ -1,0 +1,133 @@
+"""A benchmark as data: `datasets.yaml` says which sets there are, where they lie and what they hold. Adding a set needs no Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from vlm2vec.errors import DataError, RecipeError
+from vlm2vec.io import sha256_bytes
+from vlm2vec.strict_yaml import build, nearest, parse
+
+FILE = "datasets.yaml"
+MetaTask = Literal["classification", "vqa", "retrieval", "grounding"]
+Split = Literal["IND", "OOD"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSpec:
+    """One evaluation set. `path` is its folder below the data root; `queries` rows with `candidates` candidates each (the median)."""
+
+    name: str
+    meta_task: MetaTask
+    split: Split
+    path: str
+    query_modality: str
+    target_modality: str
+    queries: int
+    candidates: int
+    source: str
+    licence: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """One training set that belongs to the suite; evaluation does not read it."""
+
+    name: str
+    path: str
+    meta_task: MetaTask
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sheet:
+    """What `datasets.yaml` may hold."""
+
+    suite: str
+    description: str
+    root: str
+    sets: tuple[SetSpec, ...]
+    train: tuple[TrainSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark and the folder its data lie in. `digest` is the sha256 of its `datasets.yaml`."""
+
+    name: str
+    description: str
+    root: Path
+    sets: tuple[SetSpec, ...]
+    train: tuple[TrainSpec, ...]
+    digest: str
+
+    def only(self, names: Sequence[str]) -> Suite:
+        """The same suite reduced to the named sets, in the suite's own order. Raises DataError for a name it does not have."""
+        known = [spec.name for spec in self.sets]
+        for name in names:
+            if name not in known:
+                raise DataError(f"suite {self.name} has no set {name!r}{_instead(name, known)}")
+        return dataclasses.replace(self, sets=tuple(spec for spec in self.sets if spec.name in names))
+
+
+def load_suite(name_or_path: str | Path, root: str | Path | None = None) -> Suite:
+    """Read a suite by the path of its `datasets.yaml` (or of the folder that holds it) or by its name under `benchmarks/`.
+
+    `benchmarks/` is looked for in the current folder and beside the package. `root` is the folder of the data; None means the one the suite
+    names, looked for beside its file, in the current folder and in `data/`. Raises DataError naming the file and the row.
+    """
+    file = _find(str(name_or_path))
+    data = file.read_bytes()
+    try:
+        sheet = build(_Sheet, parse(data, str(file)))
+    except RecipeError as error:
+        raise DataError(str(error)) from None
+    for problem in _violations(sheet):
+        raise DataError(f"{file}: {problem}")
+    return Suite(sheet.suite, sheet.description, Path(root or _data_root(file, sheet)), sheet.sets, sheet.train, sha256_bytes(data))
+
+
+def _data_root(file: Path, sheet: _Sheet) -> Path:
+    """The first of the three places that holds the first set; the last one if none does."""
+    places = [file.parent / sheet.root, Path(sheet.root), Path("data") / sheet.root]
+    return next((place for place in places if (place / sheet.sets[0].path).exists()), places[-1])
+
+
+def _violations(sheet: _Sheet) -> Iterable[str]:
+    if not sheet.sets:
+        yield "sets is empty; give at least one set"
+    listed: dict[str, Sequence[SetSpec | TrainSpec]] = {"sets": sheet.sets, "train": sheet.train}
+    for key, rows in listed.items():
+        names = [row.name for row in rows]
+        for index, row in enumerate(rows):
+            place = f"{key}[{index}] ({row.name})"
+            if not row.name.strip() or names.index(row.name) != index:
+                yield f"{place}: name is empty or was used before"
+            path = PurePosixPath(row.path)
+            if not row.path or path.is_absolute() or ".." in path.parts:
+                yield f"{place}: path {row.path!r} must be a folder below the data root"
+    for index, spec in enumerate(sheet.sets):
+        for count in ("queries", "candidates"):
+            if getattr(spec, count) < 1:
+                yield f"sets[{index}] ({spec.name}): {count} must be >= 1, got {getattr(spec, count)}"
+
+
+def _find(name: str) -> Path:
+    """The `datasets.yaml` meant by a path or a name."""
+    given = Path(name)
+    folders = [Path("benchmarks"), Path(__file__).resolve().parent.parent / "benchmarks"]
+    for candidate in (given, given / FILE, *(folder / name / FILE for folder in folders)):
+        if candidate.is_file():
+            return candidate
+    known = sorted({file.parent.name for folder in folders for file in folder.glob(f"*/{FILE}")})
+    raise DataError(f"no benchmark suite {name!r}{_instead(name, known)}; a path of a {FILE} is accepted too")
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    near = nearest(name, known)
+    return (f"; did you mean {near}?" if near else "") + f" (there are: {', '.join(known) or 'none'})"
