@@ -41,7 +41,8 @@ class Compass:
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
-        self.options = SimpleNamespace(path="compass", pooling="last")
+        self.options = SimpleNamespace(pooling="last")
+        self.source = "compass"
         self.encoded: list[Item] = []
 
     def fingerprint(self) -> str:

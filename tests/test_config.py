@@ -299,7 +299,7 @@ def test_tiny_shrinks_sizes(tmp_path: Path) -> None:
     assert (recipe.model.path, recipe.data.root, recipe.run.dir) == ("builtin/tiny-vlm2vec_vista", "builtin/tiny", "runs/r-tiny")
     assert (recipe.train.steps, recipe.train.warmup, recipe.train.global_batch, recipe.train.chunk_tokens) == (6, 1, 8, 256)
     assert (recipe.data.block, recipe.data.workers, recipe.checkpoint.every) == (4, 0, 3)
-    assert (recipe.evaluate.limit, recipe.evaluate.suite, recipe.evaluate.before) == (4, None, True)
+    assert (recipe.evaluate.limit, recipe.evaluate.suite, recipe.evaluate.before) == (4, "builtin/tiny", True)
 
 
 def test_tiny_shrinks_what_most_recipes_do_not_name(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ def test_no_name_is_looked_up() -> None:
 
 def test_loopback_works() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(("localhost", server.getsockname()[1]), timeout=5) as client:
-            assert client.getpeername()[1] == server.getsockname()[1]
+        port = server.getsockname()[1]
+        with socket.create_connection(("localhost", port), timeout=5) as client:
+            assert client.getpeername()[1] == port
 
 
 def test_forked_reports_how_the_child_ended(forked: Callable[..., int]) -> None:

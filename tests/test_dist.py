@@ -143,3 +143,12 @@ def test_one_flag_is_seen_by_all(ranks: Ranks) -> None:
         assert dist.any_rank(True) is True
 
     ranks(check)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [("gloo", "cpu"), ("nccl", "cuda:3"), ("cuda:nccl", "cuda:3"), ("cpu:gloo,cuda:nccl", "cpu"), ("mpi", "cpu")]
+)
+def test_small_messages_live_where_the_backend_takes_them(monkeypatch: pytest.MonkeyPatch, backend: str, device: str) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert dist._device() == torch.device(device)

@@ -77,6 +77,14 @@ def test_a_limit_takes_nested_queries_and_only_their_candidates(root: Path) -> N
     assert counts == sorted(counts) and counts[0] < counts[2] == counts[3] == 6
 
 
+def test_a_limit_tells_rows_with_the_same_query_apart(tmp_path: Path) -> None:
+    rows = [(("q", ""), [(gold, ""), ("x", "")]) for gold in "abcdefgh"]
+    write_suite(tmp_path, {"s": ("vqa", "IND", rows)})
+    chosen = intake(tmp_path, limit=4).tasks[0].digest
+    write_set(tmp_path, "s", rows[::-1])
+    assert intake(tmp_path, limit=4).tasks[0].digest == chosen
+
+
 def test_names_of_pictures(tmp_path: Path) -> None:
     assert picture_name(ImageRef(tmp_path / "eval_images" / "a b.png"), tmp_path) == "eval_images/a b.png"
     assert picture_name(ImageRef(Path("/elsewhere/x.png")), tmp_path) == "/elsewhere/x.png"

@@ -162,7 +162,18 @@ def test_scores_do_not_depend_on_the_company() -> None:
         assert alone.tobytes() == scores[index].tobytes()
         exact = query[index].astype(np.float64) @ target[members[index]].astype(np.float64).T
         assert np.abs(scores[index] - exact).max() < 2e-7
+
+
+def test_sums_of_numbers_on_the_grid_are_exact() -> None:
+    random_state = np.random.default_rng(0)
+    query, target = (_unit(random_state.normal(size=(50, 1537))) for _ in range(2))
+    order = random_state.permutation(1537)
+    sums = [[a.astype(np.float64) @ b.astype(np.float64).T for a, b in ((q, t), (q[:, order], t[:, order]))]
+            for q, t in ((query, target), (on_grid(query), on_grid(target)))]  # fmt: skip
+    assert not np.array_equal(*sums[0]) and np.array_equal(*sums[1])
     assert np.abs(on_grid(query) - query).max() <= 2.0**-27
+    crumb = np.float32([[2.0**-28, 1]])  # below the grid
+    assert candidate_scores(crumb, np.float32([[1, 0]]), [np.array([0])])[0].tolist() == [0.0]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -196,11 +207,41 @@ def test_place_of_the_data_batch_and_cache_change_nothing(root: Path, ties: str,
     assert len(fresh.encoded) == first["timing"]["encoded"] == first["timing"]["items"]
 
 
+def test_blocks_do_not_depend_on_the_order_of_rows(root: Path) -> None:
+    encoders = Compass(), Compass()
+    run(root, encoders[0], cache="first")
+    for name, (_, _, rows) in pencil_suite(root).items():
+        write_set(root, name, rows[::-1])
+    run(root, encoders[1], cache="second")
+    assert encoders[0].encoded == encoders[1].encoded
+
+
+def test_ranks_encode_their_share_and_agree(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "BLOCK", 5)
+    encoders, rank, results = [Compass(), Compass(), Compass()], [0], []
+    alone = run(root, encoders[2], cache="alone")
+
+    def barrier() -> None:
+        """Where rank 0 waits, rank 1 does all of its work."""
+        if rank == [0]:
+            rank[0] = 1
+            results.append(run(root, encoders[1]))
+            rank[0] = 0
+
+    monkeypatch.setattr(harness.dist, "rank", lambda: rank[0])
+    monkeypatch.setattr(harness.dist, "world_size", lambda: 2)
+    monkeypatch.setattr(harness.dist, "barrier", barrier)
+    results.append(run(root, encoders[0]))
+    assert [scores_json(result) for result in results] == [scores_json(alone)] * 2
+    blocks = [encoders[2].encoded[start : start + 5] for start in range(0, len(encoders[2].encoded), 5)]
+    assert [encoder.encoded for encoder in encoders[:2]] == [sum(blocks[0::2], []), sum(blocks[1::2], [])]
+
+
 def test_each_distinct_item_is_encoded_once(root: Path) -> None:
     encoder = Compass()
     run(root, encoder)
-    shown = [(item.text, degrees) for item in encoder.encoded for degrees in [[image.source.read_bytes() for image in item.images]]]
-    assert len(shown) == len({(text, tuple(pictures)) for text, pictures in shown})
+    shown = [(item.text, tuple(image.source.read_bytes() for image in item.images)) for item in encoder.encoded]
+    assert len(shown) == len(set(shown))
 
 
 def test_a_cached_run_decodes_no_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +342,11 @@ def test_allowed_to_miss_sets_the_rest_is_scored_and_their_means_withheld(damage
 
 
 def test_counts_that_contradict_the_suite_are_refused(root: Path) -> None:
-    write_set(root, "labels", pencil_suite(root)["labels"][2][:11])
-    with pytest.raises(DataError, match="11 queries and 4 candidates .* the suite says 12 and 4"):
-        run(root)
+    rows = pencil_suite(root)["labels"][2]
+    for changed, counts in ((rows[:11], "11 queries and 4"), ([(query, found[:3]) for query, found in rows], "12 queries and 3")):
+        write_set(root, "labels", changed)
+        with pytest.raises(DataError, match=f"{counts} candidates .* the suite says 12 and 4"):
+            run(root)
 
 
 def test_no_data_folder(root: Path) -> None:
@@ -346,7 +389,7 @@ def test_unknown_rule_for_ties(root: Path) -> None:
 
 def test_results_say_what_was_measured_and_on_what(root: Path) -> None:
     results = run(root, recipe_digest="abc")
-    parts = "format suite protocol protocol_digest model versions sets means missing warnings timing"
+    parts = "format suite description protocol protocol_digest model versions sets means missing warnings timing"
     assert list(results) == parts.split()
     assert results["model"] == {"path": "compass", "fingerprint": Compass().fingerprint(), "recipe_digest": "abc"}
     assert set(results["versions"]) == {"python", "torch", "transformers", "vlm2vec"}

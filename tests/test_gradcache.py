@@ -250,9 +250,10 @@ def test_seeded_restores_the_stream_after_an_error():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_result_holds_what_the_caller_checks():
+@pytest.mark.parametrize("backward", [cached_backward, plain_backward])
+def test_result_holds_what_the_caller_checks(backward):
     encoder, loss = build()
-    result = cached_backward(CHUNKS, encoder, objective_of(loss, CHUNKS), SEEDS)
+    result = backward(CHUNKS, encoder, objective_of(loss, CHUNKS), SEEDS)
     assert isinstance(result, StepResult)
     with seeded(SEEDS[1]):
         assert torch.equal(result.embedding_ID[3], encoder(CHUNKS[1])[0])  # chunk order

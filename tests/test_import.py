@@ -30,8 +30,8 @@ def test_no_torch_is_imported(module: str) -> None:
 
 
 def test_rank_and_a_log_line_need_no_torch() -> None:
-    code = "import sys; from vlm2vec import dist, log; log.setup('info'); log.get_logger('x').info('y'); print(dist.rank(), 'torch' in sys.modules)"
-    assert in_new_process(code).split() == ["0", "False"]
+    code = "import sys; from vlm2vec import dist, log; log.setup('info'); log.get_logger('x').info('y')"
+    assert in_new_process(f"{code}; print(dist.rank(), 'torch' in sys.modules)").split() == ["0", "False"]
 
 
 def test_names_are_found_on_first_use() -> None:

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
-    ("strict_yaml", "schema", "config", "suite", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "data.types"),
-    ("data", "collate", "backbones", "batch", "cache"),
+    ("strict_yaml", "schema", "config", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "data.types"),
+    ("data", "collate", "backbones", "batch", "cache", "suite"),
     ("lora", "encoder", "checkpoint"),
     ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
     ("cli",),
@@ -122,8 +122,10 @@ def test_torch_load_stands_in_one_place_and_reads_weights_only() -> None:
         assert {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only") == "True"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if not dotted(path).startswith("backbones")] + SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MODULES + SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_backbones_name_a_model_family(path: Path) -> None:
+    if ROOT / "vlm2vec" / "backbones" in path.parents:
+        return
     text = re.sub(r"builtin/[\w-]+", "", path.read_text("utf-8"))  # the name of a checkpoint, as help texts show it
     assert not re.findall(FAMILIES, text, re.IGNORECASE)
 
@@ -142,10 +144,9 @@ def test_no_path_of_somebodys_machine_is_tracked() -> None:
 
 
 def test_the_rules_themselves_find_what_they_forbid() -> None:
-    bad = "import pickle\nfrom dill import load\nprint(1)\neval('1')\nexec('1')\nyaml.load(x)\nrun(shell=True)\nnp.load(x, allow_pickle=True)\n"
-    good = "model.eval()\nyaml.safe_load(x)\nnp.load(x, allow_pickle=False)\nimport json\n"
-    assert sum(bool(forbidden(node)) for node in ast.walk(ast.parse(bad))) == 8
-    assert not any(forbidden(node) for node in ast.walk(ast.parse(good)))
+    bad = ["import pickle", "from dill import load", "print(1)", "eval('1')", "exec('1')", "yaml.load(x)", "run(shell=True)"]
+    good = ["model.eval()", "yaml.safe_load(x)", "np.load(x, allow_pickle=False)", "import json", "run(shell=False)"]
+    assert [any(forbidden(node) for node in ast.walk(ast.parse(line))) for line in bad + good] == [True] * len(bad) + [False] * len(good)
     assert list(imported(ast.parse("from vlm2vec import io").body[0])) == ["io"]
     assert list(imported(ast.parse("from vlm2vec.io import digest").body[0])) == ["io"]
     assert list(imported(ast.parse("from vlm2vec.data.types import Item").body[0])) == ["data.types"]

@@ -30,7 +30,7 @@ def adapter_names(model: torch.nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("family", sorted(registry()))
-@pytest.mark.parametrize("part", ["language", "vision"])
+@pytest.mark.parametrize("part", ["language", "projector", "vision"])
 def test_adapters_sit_in_the_named_part_only(family: str, part: str) -> None:
     base = backbone(family)
     linear = [n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and base.part_of(n) == part]

@@ -116,10 +116,11 @@ def test_similarity_is_a_float32_dot_product():
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_equal_targets_score_equally_wherever_they_stand():
+@pytest.mark.parametrize(("queries", "targets"), [(1, 7), (3, 7), (1, 1003), (50, 1003)])
+def test_equal_targets_score_equally_wherever_they_stand(queries, targets):
     stream = np.random.default_rng(6)
-    query_QD, target_D = stream.normal(size=(50, 129)).astype(np.float32), stream.normal(size=129).astype(np.float32)
-    score_QN = similarity(query_QD, np.tile(target_D, (1003, 1)))
+    query_QD, target_D = stream.normal(size=(queries, 384)).astype(np.float32), stream.normal(size=384).astype(np.float32)
+    score_QN = similarity(query_QD, np.tile(target_D, (targets, 1)))
     assert (score_QN == score_QN[:, :1]).all()
 
 

@@ -45,6 +45,11 @@ def test_half_precision_comes_back_as_float32(rows: list[torch.Tensor], how: str
     assert pool(hidden.bfloat16(), mask.bool(), how).dtype == torch.float32
 
 
+def test_double_precision_is_kept(rows: list[torch.Tensor]) -> None:
+    hidden, mask = padded(rows, "right", 6)
+    assert all(normalize(pool(hidden.double(), mask, how)).dtype == torch.float64 for how in ("last", "mean"))
+
+
 def test_mean_adds_up_in_float32() -> None:
     hidden = torch.ones(1, 4096, 1, dtype=torch.float16) * 100  # the sum leaves the range of float16
     assert pool(hidden, torch.ones(1, 4096), "mean").item() == 100

@@ -36,7 +36,7 @@ def save(run_dir: Path, step: int, encoder: Encoder, loss: nn.Module, optimizer:
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"step {step}: {name} holds non-finite values; nothing was saved")
     target = run_dir / f"step-{step:06d}"
-    with io.publishing(target) as staging:
+    with io.publishing(target, replace=True) as staging:
         encoder.save_pretrained(staging, recipe_digest=recipe_digest)
         _save_tensors({name: tensor for name, tensor in loss.state_dict().items()}, staging / "loss.safetensors")
         _save_tensors(_optimizer_tensors(optimizer, parameters), staging / "optimizer.safetensors")

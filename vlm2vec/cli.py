@@ -118,7 +118,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     done = pipeline.run(recipe, fresh=arguments.fresh)
     if dist.is_main():
-        _say(pipeline.summary(done))
+        _say(done.summary())
 
 
 def _dry_run(recipe: Any) -> None:
@@ -148,7 +148,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         allow_missing=arguments.allow_missing,
     )
     io.write_json(target / "results.json", results)
-    paths = write_report(target, results, None, None, None, None)
+    paths = write_report(target, results, images_root=suite.root)
     _say(table(results))
     _say(f"wrote {target / 'results.json'} and {paths['html']}")
 
@@ -205,10 +205,21 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of one command; overrides may stand before and after options, which argparse alone does not allow behind a sub-command."""
+    whole = parser()
+    arguments, rest = whole.parse_known_args(argv)
+    if rest and (arguments.command != "train" or any(word.startswith("-") for word in rest)):
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = parser().parse_args(argv)
-    log.setup("DEBUG" if arguments.verbose else "INFO")
+    arguments = _parse(argv)
+    log.setup("debug" if arguments.verbose else "info")
     try:
         arguments.run(arguments)
     except Vlm2VecError as error:

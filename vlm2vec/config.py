@@ -175,7 +175,7 @@ def shrink(recipe: Recipe) -> Recipe:
         data=_shrink_data(recipe.data),
         train=_shrink_train(recipe.train),
         checkpoint=replace(recipe.checkpoint, every=3),
-        evaluate=replace(recipe.evaluate, suite=None, root=None, limit=4, chunk_tokens=256, bootstrap=min(recipe.evaluate.bootstrap, 20)),
+        evaluate=_shrink_evaluate(recipe.evaluate),
     )
 
 
@@ -203,3 +203,8 @@ def _shrink_data(data: DataConfig) -> DataConfig:
 def _shrink_train(train: TrainConfig) -> TrainConfig:
     small = replace(train, global_batch=8, accumulate=min(train.accumulate, 2), chunk_tokens=256)
     return replace(small, steps=6, epochs=None, warmup=min(train.warmup, 1))
+
+
+def _shrink_evaluate(evaluate: EvaluateConfig) -> EvaluateConfig:
+    suite = evaluate.suite and "builtin/tiny"
+    return replace(evaluate, suite=suite, root=None, limit=4, chunk_tokens=256, bootstrap=min(evaluate.bootstrap, 20))

@@ -124,8 +124,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _device() -> torch.device:
-    """Where small messages live: NCCL takes CUDA tensors only."""
+    """Where small messages live: NCCL takes CUDA tensors only. A group may have two backends, "cpu:gloo,cuda:nccl"."""
     import torch
 
-    on_cuda = torch.distributed.get_backend() == "nccl"
+    backend = torch.distributed.get_backend()
+    on_cuda = "nccl" in backend and "gloo" not in backend
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

@@ -95,6 +95,7 @@ class Encoder:
         self.adapter = adapter
         self.options = backbone.options
         self.trained_parts: tuple[str, ...] = ()  # names of the tensors trained in full, saved beside an adapter
+        self.source = backbone.options.path  # what people call this model: where it was loaded from or written to
         self.precision = "fp32"  # "bf16" runs the backbone under autocast
         self.query_instruction = ""
         self.target_instruction = ""
@@ -130,6 +131,7 @@ class Encoder:
         else:
             adapter_folder = resolve(ModelConfig(path=str(adapter))) if adapter is not None else None
             encoder = cls._load(str(path), revision, adapter_folder, _settings(adapter_folder or folder), options)
+        encoder.source = str(path)
         encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         encoder.backbone.model.eval()
         return encoder
@@ -196,7 +198,7 @@ class Encoder:
     # -- the model -----------------------------------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> Any:
         """The transformers model, adapters injected."""
         return self.backbone.model
 

@@ -86,9 +86,10 @@ def evaluate(
     results = {
         "format": FORMAT,
         "suite": suite.name,
+        "description": suite.description,
         "protocol": protocol,
         "protocol_digest": digest(protocol),
-        "model": {"path": encoder.options.path, "fingerprint": fingerprint, "recipe_digest": recipe_digest},
+        "model": {"path": encoder.source, "fingerprint": fingerprint, "recipe_digest": recipe_digest},
         "versions": _versions(),
         "sets": {found.task.spec.name: found.entry(intake.items, suite.root, seed) for found in scored},
         "means": _means(suite.sets, scored, bootstrap, seed),

@@ -1,4 +1,7 @@
-"""Log lines and progress bars, quiet on every rank but the main one. A library logs; only the command line calls `setup`."""
+"""Log lines and progress bars, quiet on every rank but the main one.
+
+Only the command line calls `setup`; without it Python shows the warnings and hides the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,6 @@ from vlm2vec.errors import InputError
 
 PACKAGE = "vlm2vec"
 LEVELS = ("debug", "info", "warning", "error")
-
-logging.getLogger(PACKAGE).addHandler(logging.NullHandler())
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -27,14 +27,15 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def target_pattern(backbone: Backbone, parts: tuple[str, ...], targets: tuple[str, ...] | None) -> str:
     """A full-match pattern of module names: the linear layers of `parts`, restricted to those whose last name component is in `targets`.
 
-    Layer numbers become `\\d+`, so the saved pattern stays short. Raises RecipeError if nothing matches.
+    Layer numbers inside a name become `\\d+`, so the saved pattern stays short; a last component that is a number stays, because its neighbours in a
+    Sequential need not be linear. Raises RecipeError if nothing matches.
     """
     linear = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear) and backbone.part_of(name) in parts]
     chosen = [name for name in linear if targets is None or name.rpartition(".")[2] in targets]
     if not chosen:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "no linear layer"
         raise RecipeError(f"lora.targets: no module matches {list(targets or ())} in {list(parts)}; this backbone has: {known}")
-    shapes = {re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)) for name in chosen}
+    shapes = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in chosen}
     return "|".join(sorted(shapes))
 
 
@@ -42,7 +43,7 @@ def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
     """Inject fresh adapters into `backbone.model`, in place; the new tensors are its only trainable ones. At the start they change nothing."""
     config = PeftLoraConfig(
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number
         lora_dropout=options.dropout,
         use_dora=options.dora,
         use_rslora=options.rslora,
@@ -62,7 +63,7 @@ def _inject(backbone: Backbone, config: PeftConfig) -> PeftModel:
 
 def save_adapter(adapter: PeftModel, directory: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, readable by PEFT itself."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).items()}
     adapter.peft_config["default"].save_pretrained(str(directory))
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
@@ -79,7 +80,7 @@ def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
         adapter = _inject(backbone, config)
     except ValueError as error:
         raise AdapterError(f"{directory / ADAPTER_CONFIG}: does not fit {backbone.options.path}: {error}") from error
-    check_tensors(get_peft_model_state_dict(adapter), tensors, weights)
+    check_tensors(get_peft_model_state_dict(adapter, save_embedding_layers=False), tensors, weights)
     set_peft_model_state_dict(adapter, tensors)
     return adapter
 

@@ -66,7 +66,7 @@ def rank_gold(scores: Sequence[ArrayLike], golds: Sequence[ArrayLike], ties: str
     best_Q = np.maximum.reduceat(np.where(gold_A, score_A, -np.inf), start_Q)
     if np.isneginf(best_Q).any():
         raise DataError(f"query {int(np.isneginf(best_Q).argmax())} has no gold candidate")
-    above_A = ~gold_A & (score_A > best_Q[query_A])
+    above_A = score_A > best_Q[query_A]
     tied_A = ~gold_A & (score_A == best_Q[query_A])
     beats_A = above_A | (tied_A if ties == "pessimistic" else tied_A & _before_gold(score_A, gold_A, best_Q, query_A))
     return GoldRanks(1 + np.add.reduceat(beats_A, start_Q, dtype=np.int64), np.add.reduceat(tied_A, start_Q, dtype=np.int64))

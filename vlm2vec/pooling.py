@@ -9,10 +9,10 @@ from vlm2vec.errors import InputError, NonFiniteError
 
 
 def pool(hidden_BLD: Tensor, mask_BL: Tensor, how: str) -> Tensor:
-    """`embedding_BD` in float32 (float64 for float64 states): the state of the last real token ("last") or the mean over the real tokens ("mean").
+    """`embedding_BD`: the state of the last real token ("last") or the mean over the real tokens ("mean").
 
-    The mask alone says which tokens are real, so that left and right padding give the same result. A row without a real token becomes
-    NaN, which `normalize` refuses. Raises InputError for another `how`.
+    It is float32, or float64 for float64 states. The mask alone says which tokens are real, so that left and right padding give the same
+    result. A row without a real token becomes NaN, which `normalize` refuses. Raises InputError for another `how`.
     """
     real_BL = mask_BL.bool()
     if how == "last":

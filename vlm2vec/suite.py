@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from vlm2vec.data.tiny import TINY_ROOT, tiny_root
 from vlm2vec.errors import DataError, RecipeError
 from vlm2vec.io import sha256_bytes
 from vlm2vec.strict_yaml import build, nearest, parse
@@ -118,7 +119,9 @@ def _violations(sheet: _Sheet) -> Iterable[str]:
 
 
 def _find(name: str) -> Path:
-    """The `datasets.yaml` meant by a path or a name."""
+    """The `datasets.yaml` meant by a path or a name; `builtin/tiny` is made on the spot."""
+    if name == TINY_ROOT:
+        return tiny_root(()).parent / FILE
     given = Path(name)
     folders = [Path("benchmarks"), Path(__file__).resolve().parent.parent / "benchmarks"]
     for candidate in (given, given / FILE, *(folder / name / FILE for folder in folders)):

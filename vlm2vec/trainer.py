@@ -133,14 +133,10 @@ def _batches(recipe: Recipe, mixture: Mixture, encoder: Encoder, start: int, tot
     per_step = recipe.train.accumulate
     dataset = BatchDataset(mixture, encoder.processor, recipe.loss.explicit_negatives, dist.rank(), dist.world_size())
     indices = range(start * per_step, total * per_step)
-    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=recipe.data.workers, collate_fn=_identity)
+    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=recipe.data.workers, collate_fn=None)
     batches = iter(loader)
     for step in range(start, total):
         yield step, [next(batches) for _ in range(per_step)]
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch
 
 
 # -- one step ----------------------------------------------------------------------------------------------------------------------------

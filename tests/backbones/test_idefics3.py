@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
 from tests.backbones.common import mixed_items, picture, stock_processor
+from vlm2vec.backbones import load_backbone
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.backbones.idefics3 import Idefics3Processor
+from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ModelError, RecipeError
 
 Tiny = Callable[..., Backbone]
@@ -51,6 +56,18 @@ def test_a_tokenizer_that_begins_texts_does_so_here_too(tiny: Tiny, model_type: 
     theirs = _stock(processor, model_type)(text=["<image>\nhi\n"], images=[[picture(60, 40)]], return_tensors="pt")
     assert processor.prefix == [original.tokenizer.bos_token_id]
     assert torch.equal(processor.features("<|image_1|>\nhi\n", [picture(60, 40)]).input_ids, theirs["input_ids"][0])
+
+
+def test_a_marker_that_a_repository_added_as_plain_text_is_a_control_token_too(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("smolvlm"), tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        token["special"] = "row" not in token["content"]
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    processor = load_backbone(ModelConfig(path=str(folder))).processor
+    marker = processor.tokenizer.convert_tokens_to_ids("<row_1_col_2>")
+    assert marker not in processor.features("<row_1_col_2>", []).input_ids
+    assert processor.features("<|image_1|><row_1_col_2>", [picture(64, 64)]).input_ids.tolist().count(marker) == 1
 
 
 @pytest.mark.parametrize("model_type", STOCK)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from tests.backbones.common import embed, mixed_items, picture, stock_processor
+from vlm2vec.backbones import load_backbone
 from vlm2vec.backbones.base import Backbone
+from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ImageError
+from vlm2vec.pooling import normalize, pool
 
+REFERENCE = Path(__file__).parent / "qwen2vl_reference"
 Tiny = Callable[..., Backbone]
 TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STOCK = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
@@ -89,3 +96,17 @@ def test_the_merger_is_the_projector(tiny: Tiny) -> None:
     assert backbone.part_of("model.visual.deepstack_merger_list.0.norm.weight") == "projector"
     assert backbone.part_of("model.visual.blocks.0.attn.qkv.lora_A.default.weight") == "vision"
     assert backbone.part_of("base_model.model.model.language_model.layers.0.mlp.up_proj") == "language"
+
+
+def test_the_published_code_makes_the_same_of_a_batch() -> None:
+    expected = load_file(REFERENCE / "expected.safetensors")
+    backbone = load_backbone(ModelConfig(path=str(REFERENCE), padding_side="left"))
+    first, third = (Image.open(REFERENCE / f"image_row{row}.png").convert("RGB") for row in (0, 2))
+    items = [("<|image_1|> Represent the given image\n", [first]), ("What is the question", []), ("<|image_1|> What\n", [third])]
+    batch = backbone.processor.collate([backbone.processor.features(*item) for item in items])
+    for name in ("input_ids", "attention_mask", "image_grid_thw"):
+        assert torch.equal(batch[name], expected[name])
+    with torch.no_grad():
+        states = backbone.hidden({**batch, "position_ids": expected["position_ids"]})  # that code gives pictures flat positions
+    assert (states - expected["last_hidden_state"])[expected["attention_mask"].bool()].abs().max() < 2e-5
+    assert (normalize(pool(states, batch["attention_mask"], "last")) - expected["pooled_last_l2"]).abs().max() < 1e-6

@@ -89,6 +89,15 @@ def test_a_cut_text_loses_no_picture_and_keeps_its_last_newline(tiny: Tiny, mode
     assert embed(backbone, cuts).isfinite().all()
 
 
+def test_a_text_far_too_long_is_warned_of_once(tiny: Tiny, model_type: str, caplog: pytest.LogCaptureFixture) -> None:
+    processor = tiny(model_type, max_tokens=5).processor
+    cuts = [processor.features(text, []).truncated for text in ("x" * 50, "x" * 51, "y" * 60)]
+    assert cuts == [45, 46, 55]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("vlm2vec")] == [
+        "a text of 51 tokens was cut to 5 (model.max_tokens); further ones are cut without a warning"
+    ]
+
+
 def test_no_text_becomes_a_control_token(tiny: Tiny, model_type: str) -> None:
     processor = tiny(model_type).processor
     added = [token.content for token in processor.tokenizer.added_tokens_decoder.values()]

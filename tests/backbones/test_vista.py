@@ -24,7 +24,7 @@ TYPE = VistaConfig.model_type
 def test_visual_tokens_are_projected_means_of_the_cells(tiny: Tiny) -> None:
     model = tiny(TYPE).model
     pixels = torch.randn(2, 3, 128, 128)
-    first, _, second = model.projector
+    first, second = model.projector.linear_1, model.projector.linear_2
     with torch.no_grad():
         features = model.vision_model(pixels).last_hidden_state  # 4 x 4 cells, averaged to 2 x 2
         means = [features[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in (0, 2) for x in (0, 2)]

@@ -63,6 +63,12 @@ def premultiplied(mode: str, value: tuple[int, ...]) -> Image.Image:
     return plain(mode, value).convert(mode[:-1] + "a")
 
 
+def with_levels(*levels: int) -> bytes:
+    """A 16-bit grey PNG of one level, with that or another level declared transparent."""
+    level, *transparent = (struct.pack(">H", one) for one in levels)
+    return png(4, 4, 16, 0, (b"\0" + level * 4) * 4, png_chunk(b"tRNS", transparent[0]))
+
+
 def with_palette(colours: list[tuple[int, ...]], mode: str = "RGB") -> Image.Image:
     image = plain("P", 1)
     image.putpalette([channel for one in colours for channel in one], mode)
@@ -125,7 +131,8 @@ def ycck(luma: int, blue: int, red: int, key: int) -> bytes:
         pytest.param(plain("I;16B", 257 * 99), (99, 99, 99), id="I;16B"),
         pytest.param(plain("I;16L", 257 * 99), (99, 99, 99), id="I;16L"),
         pytest.param(plain("I", 257 * 99), (99, 99, 99), id="I"),
-        pytest.param(png(4, 4, 16, 0, (b"\0" + b"\x12\x34" * 4) * 4, png_chunk(b"tRNS", b"\x12\x34")), WHITE, id="I;16 with transparent level"),
+        pytest.param(with_levels(4660, 4660), WHITE, id="I;16 with transparent level"),
+        pytest.param(with_levels(257 * 99, 4660), (99, 99, 99), id="I;16 with another transparent level"),
         pytest.param(png(4, 4, 16, 2, (b"\0" + b"\x63\x63\x0a\x0a\xff\xff" * 4) * 4), (99, 10, 255), id="RGB of 16 bits"),
         pytest.param(b"P5 2 2 65535\n" + b"\x63\x63" * 4, (99, 99, 99), id="PGM of 16 bits"),
         pytest.param(encode(plain("I;16", 257 * 99), "TIFF"), (99, 99, 99), id="TIFF of 16 bits"),
@@ -159,8 +166,8 @@ def test_cmyk_within_three_levels(format: str, cmyk: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("stored", [(255, 128, 128, 255), (100, 128, 128, 255), (76, 84, 255, 255), (150, 60, 180, 140)])
 def test_ycck_within_three_levels(stored: tuple[int, ...]) -> None:
     luma, blue, red, key = stored
-    rgb = np.array([luma + 1.402 * (red - 128), luma - 0.344 * (blue - 128) - 0.714 * (red - 128), luma + 1.772 * (blue - 128)]).clip(0, 255)
-    inks = rgb  # libjpeg gives the inverted colour as ink, which Adobe stores inverted once more
+    green = luma - 0.344 * (blue - 128) - 0.714 * (red - 128)
+    inks = np.array([luma + 1.402 * (red - 128), green, luma + 1.772 * (blue - 128)]).clip(0, 255)  # inverted twice: by libjpeg and Adobe
     assert np.abs(pixels(ycck(*stored)) - (255 - inks) * key / 255).max() <= 3
 
 
@@ -246,11 +253,21 @@ def test_upright_picture_is_not_turned_again() -> None:
     assert (pixels(encode(once)) == QUADRANTS).all()
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\x7f"])
-@pytest.mark.filterwarnings("ignore")
+BROKEN_EXIF = [b"garbage", b"", b"MM\0*", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\x7f"]
+
+
+@pytest.mark.parametrize("exif", BROKEN_EXIF)
 def test_broken_exif_is_ignored(exif: bytes) -> None:
     for format, options in (("JPEG", {"quality": 100, "subsampling": 0}), ("PNG", {}), ("WEBP", {"lossless": True})):
-        assert np.abs(pixels(encode(Image.fromarray(QUADRANTS), format, exif=exif, **options)) - QUADRANTS).max() <= 2
+        data = encode(Image.fromarray(QUADRANTS), format, exif=b"Exif\0\0" + exif, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert np.abs(pixels(data) - QUADRANTS).max() <= 2
+            warnings.simplefilter("error")
+            try:
+                pixels(data)
+            except ImageError:  # Pillow's JPEG reader warns about EXIF as it opens the file, and here that is an error
+                assert format == "JPEG"
 
 
 @pytest.mark.parametrize("value", [0, 9, 255, 65535])
@@ -292,6 +309,7 @@ def test_content_decides_not_the_extension(format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["ICO", "TGA", "PCX", "JPEG2000", "AVIF", "EPS", "SGI", "DDS", "PDF", "IM", "XBM"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_decoders_outside_the_list_are_never_reached(format: str) -> None:
     data = encode(plain("1" if format == "XBM" else "RGB", 1 if format == "XBM" else RED), format)
     Image.init()
@@ -386,9 +404,9 @@ def test_missing_and_unreadable_files(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.filterwarnings("ignore")
 def test_bomb_is_refused_from_its_header(width: int, height: int, message: str) -> None:
     data = png(width, height, data=b"\0" * 100)
-    began = time.perf_counter()
+    began = time.process_time()
     assert refused(data) == message
-    assert time.perf_counter() - began < 0.05
+    assert time.process_time() - began < 0.05
 
 
 def test_bomb_warning_turned_into_an_error_is_an_image_error() -> None:
@@ -397,11 +415,18 @@ def test_bomb_warning_turned_into_an_error_is_an_image_error() -> None:
         assert refused(png(13_000, 13_000)) == "image has 169,000,000 pixels, at most 64,000,000 are read"
 
 
+def test_gif_frame_larger_than_its_screen_is_refused() -> None:
+    data = bytearray(encode(plain("RGB", RED), "GIF"))
+    at = data.index(b"\x2c\0\0\0\0") + 5
+    data[at : at + 4] = struct.pack("<HH", 60_000, 60_000)
+    assert refused(bytes(data)) == "image has 3,600,000,000 pixels, at most 64,000,000 are read"
+
+
 def test_compressed_text_bomb_is_refused() -> None:
     bomb = png_chunk(b"zTXt", b"key\0\0" + zlib.compress(b"a" * 50_000_000))
-    began = time.perf_counter()
+    began = time.process_time()
     assert "truncated or damaged" in refused(png(4, 4, data=b"\0" * 20, before=bomb))
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_large_file_is_not_read(tmp_path: Path) -> None:
@@ -429,7 +454,7 @@ def test_pillow_switches_are_left_alone() -> None:
     before = (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
     pixels(photo("PNG"))
     refused(photo("PNG")[:300])
-    assert (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS) == before
+    assert before == (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS)
 
 
 # ---- identity
@@ -445,7 +470,8 @@ def test_content_key_of_encoded_bytes_is_their_sha256(tmp_path: Path) -> None:
 
 def test_content_key_of_an_open_image_is_what_is_seen() -> None:
     base = Image.fromarray(QUADRANTS)
-    assert content_key(ImageRef(base)) == content_key(ImageRef(base.copy(), label="other")) == content_key(ImageRef(Image.open(io.BytesIO(encode(base)))))
+    same = [base, base.copy(), Image.open(io.BytesIO(encode(base))), base.convert("RGBA")]
+    assert len({content_key(ImageRef(image, label=image.mode)) for image in same}) == 1
     different = [
         base,
         base.transpose(Image.Transpose.ROTATE_90),
@@ -463,17 +489,16 @@ def test_content_key_of_an_open_image_is_what_is_seen() -> None:
 
 
 def test_one_open_image_in_many_threads_and_a_fork(tmp_path: Path, forked: Callable[..., int]) -> None:
-    (tmp_path / "a.png").write_bytes(photo("PNG"))
-    expected = pixels(tmp_path / "a.png")
-    for _ in range(10):
-        shared, wrong = Image.open(tmp_path / "a.png"), []
-        threads = [threading.Thread(target=lambda: wrong.append(1) if (pixels(shared) != expected).any() else None) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        assert forked(lambda: None if (pixels(tmp_path / "a.png") == expected).all() else 1 / 0) == 0
-        for thread in threads:
-            thread.join()
-        assert not wrong
+    large = np.random.default_rng(17).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    Image.fromarray(large).save(tmp_path / "a.png", compress_level=1)
+    shared, right = Image.open(tmp_path / "a.png"), []
+    threads = [threading.Thread(target=lambda: right.append((pixels(shared) == large).all())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    assert forked(lambda: pixels(Image.open(tmp_path / "a.png"))) == 0  # the lock is not left taken in the child
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 8
 
 
 def test_result_is_a_copy() -> None:
@@ -502,9 +527,10 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 def seeds() -> list[bytes]:
     exif = turned(6, "JPEG")
-    others = [animated("GIF"), animated("WEBP"), animated("PNG"), animated("TIFF"), exif, ycck(150, 60, 180, 140)]
-    others += [encode(plain("LAB", (136, 208, 195)), "TIFF"), encode(plain("I;16", 9), "PNG"), encode(with_palette([RED, BLUE]), transparency=1)]
-    return [photo(format) for format in FORMATS] + others + [encode(Image.fromarray(QUADRANTS), "TIFF", compression="tiff_lzw")]
+    moving = [animated(format) for format in ("GIF", "WEBP", "PNG", "TIFF")]
+    modes = [ycck(150, 60, 180, 140), encode(plain("LAB", (136, 208, 195)), "TIFF"), encode(with_palette([RED, BLUE]), transparency=1)]
+    compressed = encode(Image.fromarray(QUADRANTS), "TIFF", compression="tiff_lzw")
+    return [*(photo(format) for format in FORMATS), *moving, *modes, exif, with_levels(9, 9), compressed]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -513,15 +539,16 @@ def test_fuzz_1000_mutated_pictures_decode_or_are_refused() -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     for trial in range(1000):
         data = mutate(sound[trial % len(sound)], chance)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             load_image(ImageRef(data, label=f"trial {trial}"))
             outcomes["decoded"] += 1
         except ImageError as error:
             assert str(error).startswith(f"trial {trial}: ")
             outcomes["refused"] += 1
-        slowest = max(slowest, time.perf_counter() - began)
+        slowest = max(slowest, time.process_time() - began)
     assert sum(outcomes.values()) == 1000
     assert min(outcomes.values()) > 100
-    assert slowest < 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 1024
+    assert slowest < 2  # seconds of this process
+    # One of them is a GIF of 210 bytes that declares 28 megapixels, which is allowed: 4 bytes per pixel, twice while it is laid on white.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400 * 1024

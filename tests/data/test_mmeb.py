@@ -247,15 +247,6 @@ def test_a_repeat_of_the_gold_is_the_gold_and_repeats_are_counted(
     assert "A: 2 of 6 candidates repeat another" in caplog.text
 
 
-def test_limit_chooses_queries_and_keeps_only_their_candidates(tmp_path: Path) -> None:
-    rows = [(f"q{index}", "", [f"gold {index}", "other"], ["", ""]) for index in range(50)]
-    found, again = evaluation(tmp_path, rows, limit=5), read_eval(tmp_path, "A", limit=5)
-    assert [query.text for query in found.queries] == [query.text for query in again.queries] != [f"q{index}" for index in range(5)]
-    assert len(found.candidates) == 6
-    golds = [found.candidates[row[0]].text for row in found.candidates_QM]
-    assert golds == [f"gold {query.text[1:]}" for query in found.queries]
-
-
 def test_pictures_lie_under_their_own_root_and_labels_name_the_first_row(tmp_path: Path) -> None:
     (tmp_path / "eval_images").mkdir()
     rows = [("q", "", ["a"], [""]), ("<|image_1|>\nq", "x.png", [LOOK], ["y.png"]), ("q", "", [LOOK], ["y.png"])]

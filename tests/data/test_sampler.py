@@ -5,11 +5,14 @@ from __future__ import annotations
 import pickle
 import random
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vlm2vec.data.sampler import Array, Order, choose_rows, permutation, random_words
+from vlm2vec.data.sampler import Array, Order, _apportion, choose_rows, permutation, random_words
 from vlm2vec.errors import DataError, RecipeError
 
 
@@ -99,6 +102,23 @@ def test_weighted_batches_are_whole_blocks_and_passes_have_no_repeats(case: int)
         for start in range(0, len(rows), size):
             one_pass = rows[start : start + size]
             assert len(set(one_pass)) == len(one_pass) and max(one_pass) < size
+
+
+def test_passes_go_on_from_round_to_round() -> None:
+    """A round of the weighted plan has 4096 blocks; the rows of a source must not start anew with it."""
+    order = make([30_000, 7_000], [3.0, 1.0], batch=512)
+    draws = first_draws(order, 6 * 4096)
+    for source, size in enumerate(order.sizes):
+        rows = draws[draws[:, 0] == source, 1][:size]
+        assert len(rows) > 4096 and len(set(rows)) == len(rows)
+
+
+@given(weights=st.lists(st.integers(0, 1000), min_size=1, max_size=30).filter(any), total=st.integers(0, 5000))
+def test_apportioned_counts_are_nearest_to_the_shares(weights: list[int], total: int) -> None:
+    shares = [Fraction(weight, sum(weights)) for weight in weights]
+    counts = _apportion(shares, total)
+    assert sum(counts) == total
+    assert all(abs(count - share * total) < 1 for count, share in zip(counts, shares, strict=True))
 
 
 PROPORTIONS: list[tuple[list[int], list[float | None] | None, int]] = [

@@ -32,7 +32,9 @@ def test_digest_does_not_depend_on_the_order_of_keys_and_does_on_all_else() -> N
 def test_write_atomic_replaces_and_makes_folders(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     io.write_atomic(path, "grün\n")
-    io.write_atomic(path, b"second")
+    with open(path, encoding="utf-8") as reader:
+        io.write_atomic(path, b"second")
+        assert reader.read() == "grün\n"  # who had opened the old file still reads it whole
     assert path.read_bytes() == b"second"
     assert os.listdir(path.parent) == ["file.txt"]
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -170,14 +172,17 @@ def test_kill_at_every_point_leaves_the_old_or_the_new(
 
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("case", ["first", "exchanged", "renamed twice"])
 def test_refusal_at_every_point_is_explained_and_cleaned_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
 ) -> None:
+    if case == "renamed twice":
+        monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
     target, refusals = tmp_path / "out", 0
     for point in range(1, 100):
         shutil.rmtree(target, ignore_errors=True)
-        if existing:
+        shutil.rmtree(tmp_path / ".out.previous", ignore_errors=True)
+        if case != "first":
             publish(target, "old")
         monkeypatch.setenv("VLM2VEC_FAULT", f"*:{point}:{kind}")
         try:
@@ -189,30 +194,34 @@ def test_refusal_at_every_point_is_explained_and_cleaned_up(
             break
         finally:
             monkeypatch.delenv("VLM2VEC_FAULT")
-        assert [path.name for path in tmp_path.iterdir()] == (["out"] if target.exists() else [])
-        assert not target.exists() or published(target) in ("old", "new")
-        assert target.exists() or not existing
+        assert {path.name for path in tmp_path.iterdir()} - {".out.previous"} == ({"out"} if target.exists() else set())
+        assert published(target) in ("old", "new") if target.exists() else case == "first"
+        assert case == "renamed twice" or not (tmp_path / ".out.previous").exists()
     assert refusals >= 20
 
 
 def test_full_disk_at_32_sizes_leaves_the_old_and_names_the_bytes(tmp_path: Path, forked: Callable[..., int]) -> None:
     size, target = 100_000, tmp_path / "out"
     publish(target, "old")
+    tokenizer = Tokenizer(models.WordLevel({f"word{index}": index for index in range(6000)}, unk_token="word0"))
     writers: list[Callable[[Path], object]] = [
         lambda folder: (folder / "plain.txt").write_bytes(b"x" * size),
         lambda folder: io.write_atomic(folder / "plain.txt", b"x" * size),
         lambda folder: save_file({"weight": np.zeros(size, dtype=np.uint8)}, folder / "plain.txt"),
-        lambda folder: Tokenizer(models.WordLevel({f"word{index}": index for index in range(6000)}, unk_token="word0")).save(str(folder / "plain.txt")),
+        lambda folder: tokenizer.save(str(folder / "plain.txt")),
     ]
 
     def child() -> None:
         for step in range(32):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size * step // 32, resource.RLIM_INFINITY))
+            limit = size * step // 32
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             for write in writers:
-                with pytest.raises(EnvError, match=r"(?s)cannot write .*: File too large \(needs at least [\d,]+ bytes, [\d,]+ bytes free\)"):
-                    with io.publishing(target) as staging:
-                        write(staging)
-                with pytest.raises(EnvError, match=r"needs at least 123,456,789 bytes"), io.publishing(target, needed=123_456_789) as staging:
+                with pytest.raises(EnvError) as caught, io.publishing(target) as staging:
+                    write(staging)
+                found = re.fullmatch(r"cannot write (.*): File too large \(needs at least (.*) bytes, [\d,]+ .*\)", str(caught.value))
+                assert found and Path(found[1]) == target
+                assert found[2] == f"{limit:,}" or write is not writers[0]  # a plain write leaves what it had written by then
+                with pytest.raises(EnvError, match="needs at least 1,234,567 bytes"), io.publishing(target, needed=1_234_567) as staging:
                     write(staging)
             assert os.listdir(tmp_path) == ["out"]
             assert published(target) == "old"
@@ -238,6 +247,26 @@ def test_staging_of_a_living_publisher_is_left_alone(tmp_path: Path, forked: Cal
         publish(tmp_path / "c", "same process")
     assert published(tmp_path / "a") == "mine"
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def test_staging_that_is_cleaned_up_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, lock, losses = Path.mkdir, fcntl.flock, []
+
+    def lose_after_mkdir(path: Path, *args: object, **options: object) -> None:
+        make(path, *args, **options)  # type: ignore[arg-type]
+        if ".staging-" in path.name and not losses:
+            losses.append(path.rmdir())
+
+    def lose_while_locking(descriptor: int, how: int) -> None:
+        lock(descriptor, how)
+        if len(losses) == 1:
+            losses.append(os.rmdir(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(Path, "mkdir", lose_after_mkdir)
+    monkeypatch.setattr(fcntl, "flock", lose_while_locking)
+    publish(tmp_path / "out", "new")
+    assert len(losses) == 2
+    assert published(tmp_path / "out") == "new"
 
 
 def test_many_publishers_of_one_folder(tmp_path: Path) -> None:

@@ -110,6 +110,22 @@ def test_same_process_cannot_hold_it_twice_nor_can_its_child(tmp_path: Path, for
     assert forked(take, tmp_path) == 0
 
 
+def test_child_takes_what_its_parent_released(tmp_path: Path) -> None:
+    ready, released = os.pipe()
+    with io.run_lock(tmp_path):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.read(ready, 1)
+                take(tmp_path)
+                code = 0
+            finally:
+                os._exit(code)
+    os.write(released, b"x")
+    assert os.waitpid(pid, 0)[1] == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": 1}', b'{"pid": "1", "host": "h", "since": "t"}'])
 def test_unreadable_lock_file_blocks_nobody(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOCK).write_bytes(content)

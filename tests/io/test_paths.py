@@ -115,7 +115,7 @@ def test_no_hostile_path_opens_anything_outside(root: Path, forked: Callable[...
     assert forked(child) == 0
 
 
-@pytest.mark.parametrize("relative", ["ok.png", "./ok.png", "a/deep.png", "a//deep.png", "link_inside.png", "missing.png", "..ok", "a/...", "ö.png"])
+@pytest.mark.parametrize("relative", ["ok.png", "./ok.png", "a/deep.png", "a//deep.png", "link_inside.png", "missing.png", "..ok", "a/..."])
 def test_path_below_the_root_is_joined(root: Path, relative: str) -> None:
     joined = safe_join(root, relative)
     assert joined == (root / relative).resolve()

@@ -164,7 +164,7 @@ def test_gradient_by_finite_differences(mode, symmetric):
 
 
 def test_statistics():
-    query_BD = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0], [1.0, 0]])
+    query_BD = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0], [1.0, 0]], requires_grad=True)
     target_ND = torch.tensor([[0.6, 0.8], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0]])
     target_id_N = torch.tensor([7, 8, 7, 9])  # columns 0 and 2 are one item, column 3 is an explicit negative
     _, stats = build(temperature=0.05)(query_BD, target_ND, torch.tensor([0, 1, 2, 0]), target_id_N, torch.tensor([1, 2, 3, 1]))

@@ -1,7 +1,7 @@
 """Models that can be had without the Hub, made on first use.
 
     vista-minilm      all-MiniLM-L6-v2 reading an ImageNet MobileNetV2 through a projector that is yet to be trained
-    smolvlm-scratch   a SmolVLM of about 4.6 M parameters, nothing pre-trained
+    smolvlm-scratch   a SmolVLM of about 4.7 M parameters, nothing pre-trained
     smolvlm-smollm2   SmolLM2-135M-Instruct inside a SmolVLM whose small vision half is random: no package carries a published one
     tiny-<type>       the miniature of a family, for tests and the tiny form of recipes
 

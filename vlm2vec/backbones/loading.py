@@ -113,16 +113,22 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig) -> Any:
         dtype=getattr(torch, options.dtype),
         attn_implementation=options.attention,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported below, where both shapes can be named
         output_loading_info=True,
     )
     for kind in ("missing", "unexpected", "mismatched"):
-        names = sorted(str(entry if isinstance(entry, str) else entry[0]) for entry in report[f"{kind}_keys"])
+        names = sorted(map(_tensor, report[f"{kind}_keys"]))
         if names:
             raise ModelError(
                 f"{folder}: {len(names)} {kind} tensor{'s' * (len(names) > 1)}, first {names[0]}; "
                 f"the weights do not belong to a {type(model).__name__} of this configuration"
             )
     return model
+
+
+def _tensor(entry: str | tuple[str, Any, Any]) -> str:
+    """A tensor in words: its name, and both shapes where they differ."""
+    return entry if isinstance(entry, str) else f"{entry[0]} with shape {tuple(entry[1])}, the model needs {tuple(entry[2])}"
 
 
 def load_tokenizer(folder: Path, options: ModelConfig) -> Any:

@@ -5,7 +5,7 @@ two-layer MLP maps to the width of the text encoder. They take the places of `[u
 
 Every picture is squashed to `image_size` x `image_size`: the grid has few cells, and borders would take them from the picture.
 
-Shape letters: C items in a chunk, L tokens, D hidden width, N pictures, G visual tokens of a picture.
+Shape letters: C items in a chunk, L tokens, D hidden width, N pictures, G visual tokens of a picture, F channels, H x W cells.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, gelu
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, MobileNetV2Config, MobileNetV2Model, ViTImageProcessorPil
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -75,6 +75,19 @@ class VisionTower(MobileNetV2Model):
         return self
 
 
+class Projector(nn.Module):
+    """Two linear layers with a GELU between them, from the channels of the feature map to the width of the text encoder."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, cells_NGF: Tensor) -> Tensor:
+        """(N, G, F) -> (N, G, D)."""
+        return self.linear_2(gelu(self.linear_1(cells_NGF)))
+
+
 class VistaModel(PreTrainedModel):
     """Token ids and pictures -> hidden states of the text encoder."""
 
@@ -86,10 +99,8 @@ class VistaModel(PreTrainedModel):
 
     def __init__(self, config: VistaConfig) -> None:
         super().__init__(config)
-        width = config.text_config.hidden_size
         self.vision_model = VisionTower(config.vision_config, add_pooling_layer=False)
-        channels = self.vision_model.conv_1x1.convolution.out_channels
-        self.projector = nn.Sequential(nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width))
+        self.projector = Projector(self.vision_model.conv_1x1.convolution.out_channels, config.text_config.hidden_size)
         self.text_model = BertModel(config.text_config, add_pooling_layer=False)
         self.post_init()
 

@@ -184,7 +184,7 @@ def _plain(image: Image.Image, limits: Limits) -> Image.Image:
 
 def _on_white(image: Image.Image, limits: Limits) -> Image.Image:
     straight = image.convert("LA") if image.mode == "La" else image  # La converts to nothing but LA
-    rgba = straight.convert("RGBA")
+    rgba = straight if straight.mode == "RGBA" else straight.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(rgba, mask=rgba.getchannel("A"))
     return white

@@ -77,7 +77,7 @@ def read_train(
     columns += [Column(column, many=True, required=False) for column in NEGATIVE if negatives]
     stored = read_rows(files, columns)
     numbers = choose_rows(len(stored), cap, seed, "cap", name)
-    table = _take(stored, numbers)
+    table = stored if len(numbers) == len(stored) else stored.take(numbers)
     _check_sides(table, {"query": QUERY, "positive": POSITIVE}, name, numbers)
     if negatives:
         _flat_sides(table, NEGATIVE, name, numbers)
@@ -115,24 +115,20 @@ class EvalSet:
     duplicates: int = 0
 
 
-def read_eval(
-    root: Path, name: str, path: str | None = None, image_root: Path | None = None, split: str = "test", limit: int | None = None
-) -> EvalSet:
+def read_eval(root: Path, name: str, path: str | None = None, image_root: Path | None = None, split: str = "test") -> EvalSet:
     """The evaluation set in `root/path` (None: `root/name`); pictures lie under `image_root` (None: `root`).
 
-    `limit` chooses that many queries at random, always the same. Raises DataError naming the row for a query or candidate with neither
-    text nor picture, a row without candidates, lists that do not match, and an image root that is not there; PathError for a path that
-    leaves it.
+    Raises DataError naming the row for a query or candidate with neither text nor picture, a row without candidates, lists that do not
+    match, and an image root that is not there; PathError for a path that leaves it.
     """
     columns = [*(Column(column) for column in EVAL_QUERY), *(Column(column, many=True) for column in CANDIDATES)]
-    stored = read_rows(find_files(root, path or name, split), columns)
-    numbers = choose_rows(len(stored), limit, "limit", name)
-    table, image_root = _take(stored, numbers), image_root or root
+    table = read_rows(find_files(root, path or name, split), columns)
+    numbers, image_root = np.arange(len(table)), image_root or root
     _check_sides(table, {"query": EVAL_QUERY}, name, numbers)
     _check_image_root(image_root, table, name)
     texts, paths = (table.column(column).to_pylist() for column in EVAL_QUERY)
-    queries = [_item(text, image, image_root, f"{name} row {row}") for text, image, row in zip(texts, paths, numbers, strict=True)]
-    return _with_candidates(name, queries, _flat_sides(table, CANDIDATES, name, numbers), image_root, numbers)
+    queries = [_item(text, image, image_root, f"{name} row {row}") for row, (text, image) in enumerate(zip(texts, paths, strict=True))]
+    return _with_candidates(name, queries, _flat_sides(table, CANDIDATES, name, numbers), image_root)
 
 
 @dataclass(frozen=True)
@@ -147,14 +143,13 @@ class _Sides:
     path_N: NDArray[np.int64]
 
 
-def _with_candidates(name: str, queries: list[Item], sides: _Sides, image_root: Path, numbers: NDArray[np.int64]) -> EvalSet:
+def _with_candidates(name: str, queries: list[Item], sides: _Sides, image_root: Path) -> EvalSet:
     if not sides.count_Q.all():
-        raise DataError(f"{name} row {numbers[int(np.argmin(sides.count_Q))]}: no candidates; the first must be the gold")
+        raise DataError(f"{name} row {int(np.argmin(sides.count_Q))}: no candidates; the first must be the gold")
     identity_N = sides.text_N * len(sides.paths) + sides.path_N
     _, first, inverse_N = np.unique(identity_N, return_index=True, return_inverse=True)
-    by_appearance = np.argsort(first)
-    index_N = np.argsort(by_appearance).astype(np.int32)[inverse_N]
-    candidates = [_candidate(sides, int(place), image_root, f"{name} row {numbers[sides.row_N[place]]}") for place in first[by_appearance]]
+    index_N = inverse_N.astype(np.int32)
+    candidates = [_candidate(sides, place, image_root, name) for place in first.tolist()]
     sorted_N = np.sort(sides.row_N * len(candidates) + index_N)  # equal neighbours: the same candidate twice in a row
     duplicates = int(np.count_nonzero(sorted_N[1:] == sorted_N[:-1]))
     if duplicates:
@@ -163,8 +158,9 @@ def _with_candidates(name: str, queries: list[Item], sides: _Sides, image_root: 
     return EvalSet(name, queries, candidates, np.split(index_N, np.cumsum(sides.count_Q)[:-1]), duplicates)
 
 
-def _candidate(sides: _Sides, place: int, image_root: Path, label: str) -> Item:
+def _candidate(sides: _Sides, place: int, image_root: Path, name: str) -> Item:
     text, path = sides.texts[int(sides.text_N[place])].as_py(), sides.paths[int(sides.path_N[place])].as_py()
+    label = f"{name} row {sides.row_N[place]}"
     if not path and not MARK.sub("", text).strip():
         raise DataError(f"{label}: a candidate has neither text nor image")
     return _item(text, path, image_root, label)
@@ -182,10 +178,6 @@ def _item(text: str, path: str, image_root: Path, label: str) -> Item:
         return Item(text, (ImageRef(io.safe_join(image_root, path), label),))
     except PathError as error:
         raise PathError(f"{label}: {error}") from None
-
-
-def _take(table: pa.Table, numbers: NDArray[np.int64]) -> pa.Table:
-    return table if len(numbers) == len(table) else table.take(numbers)
 
 
 def _check_sides(table: pa.Table, sides: dict[str, tuple[str, str]], label: str, numbers: NDArray[np.int64]) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
+
+from vlm2vec.io import digest
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,15 @@ class ImageRef:
             return f"path:{self.source}"
         if isinstance(self.source, bytes):
             return "bytes:" + hashlib.sha256(self.source).hexdigest()
-        pixels = hashlib.sha256(self.source.tobytes()).hexdigest()
-        return f"pixels:{self.source.mode}:{self.source.size}:{pixels}"
+        return "pixels:" + digest(_looks(self.source))
+
+
+def _looks(image: Image.Image) -> list[str | int | None]:
+    """Everything in an open picture that decides how it decodes: pixels, and what gives them a meaning."""
+    palette = image.getpalette("RGBA") if image.palette else None
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    return [image.mode, *image.size, pixels, repr(palette), repr(image.info.get("transparency")), orientation]
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,7 @@ class Item:
     @cached_property
     def key(self) -> str:
         """Equal keys mean equal items, so that each is encoded once."""
-        parts = [self.instruction, self.text, *(image.key for image in self.images)]
-        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+        return digest([self.instruction, self.text, [image.key for image in self.images]])
 
 
 @dataclass(frozen=True)

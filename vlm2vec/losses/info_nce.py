@@ -116,8 +116,7 @@ def _anchor_losses(score_RK: Tensor, related_RK: Tensor, copies_K: Tensor, dupli
     if duplicates == "positive":
         total_RK = counted_RK.logsumexp(1, keepdim=True)
     else:
-        lowest = torch.finfo(score_RK.dtype).min  # not -inf: a row without negatives would have a NaN gradient
-        negatives_R1 = counted_RK.masked_fill(related_RK, lowest).logsumexp(1, keepdim=True)
+        negatives_R1 = counted_RK.masked_fill(related_RK, -math.inf).logsumexp(1, keepdim=True)
         total_RK = torch.logaddexp(score_RK, negatives_R1)
     share_RK = related_RK / copies_K
     return ((total_RK - score_RK) * share_RK).sum(1) / share_RK.sum(1)
@@ -127,9 +126,8 @@ def _statistics(
     cosine_BN: Tensor, related_BN: Tensor, positive_B: Tensor, target_copies_N: Tensor, query_copies_B: Tensor
 ) -> dict[str, Tensor]:
     """The statistics that `InfoNCE.forward` documents, but for the temperature."""
-    infinity = float("inf")
-    best_positive_B = cosine_BN.masked_fill(~related_BN, -infinity).amax(1)
-    best_negative_B = cosine_BN.masked_fill(related_BN, -infinity).amax(1)
+    best_positive_B = cosine_BN.masked_fill(~related_BN, -math.inf).amax(1)
+    best_negative_B = cosine_BN.masked_fill(related_BN, -math.inf).amax(1)
     other_BB = related_BN[:, positive_B] & ~torch.eye(len(positive_B), dtype=torch.bool, device=positive_B.device)
     count = len(positive_B)
     return {

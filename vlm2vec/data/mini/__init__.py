@@ -1,7 +1,7 @@
 """The embedded benchmark: MMEB's protocol and layout on openly licensed pictures, made on this machine from installed packages.
 
-`build` is all there is to call. `table` says what the sets are, `packages` where the data come from, `sources` and `world` read and divide them,
-`tasks` makes rows, `draw` pictures, `write` files, `checks` compares what came out with `benchmarks/mini/checksums.json`.
+`build` is all there is to call. `table` says what the sets are, `packages` where the data come from; `sources` and `world` read and divide
+them, `tasks` makes rows, `draw` pictures and `write` files; `checks` compares what came out with `benchmarks/mini/checksums.json`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ _logger = get_logger(__name__)
 def build(to: Path | str, workers: int | None = None) -> Path:
     """Make the benchmark in the folder `to` and return it; a folder that already holds it is checked and left alone.
 
-    The same packages give the same rows and pixels on any machine, whatever the number of `workers` (None: two). Raises DataError when a package is
-    missing, when what came out differs from the recorded checksums, and when `to` holds something else; EnvError when it cannot be written.
+    The same packages give the same rows and pixels on any machine, with any number of `workers` (None: two). Raises DataError when a
+    package is missing, when what came out differs from the recorded checksums, and when `to` holds something else; EnvError when it cannot
+    be written.
     """
     to = Path(to)
     expected = io.read_json(CHECKSUMS)["sets"]
@@ -40,13 +40,13 @@ def build(to: Path | str, workers: int | None = None) -> Path:
     return to
 
 
-def make(to: Path, expected: dict[str, str] | None, workers: int | None = None, sets: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Make the benchmark (or some `sets` of its table) in `to`, whatever is there, and return its record; None as `expected` compares with nothing."""
+def make(to: Path, expected: dict[str, str] | None, workers: int | None = None) -> dict[str, Any]:
+    """Make the benchmark in `to`, whatever is there, and return its record. With None for `expected` it is compared with nothing."""
     staging = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        record = _fill(staging, expected, workers, sets)
+        record = _fill(staging, expected, workers)
         io.write_json(staging / RECORD, record)
         _put_in_place(staging, to)
     except OSError as error:
@@ -68,28 +68,28 @@ def _is_built(to: Path, expected: dict[str, str], workers: int | None) -> bool:
         with pool.mapper(workers) as mapped:
             checks.compare(checks.contents(to, table.SETS, mapped), expected)
     except InputError as error:
-        _logger.warning("%s is built again, because it is not as it should be: %s", to, error)
+        _logger.warning("%s is built again: %s", to, error)
         return False
     return True
 
 
-def _fill(root: Path, expected: dict[str, str] | None, workers: int | None, sets: Sequence[Any] | None) -> dict[str, Any]:
+def _fill(root: Path, expected: dict[str, str] | None, workers: int | None) -> dict[str, Any]:
     """Write everything but the record into an empty folder, and return the record."""
     from vlm2vec.data.mini import checks, packages, pool, table, world, write
 
     packages.check_installed()
-    specs = table.SETS if sets is None else sets
     with pool.mapper(workers) as mapped:
         _logger.info("reading the packages")
         sources = world.survey(mapped)
-        made = [(spec, spec.make(sources, spec)) for spec in specs]
-        _logger.info("writing %d training rows and %d questions", sum(len(rows.train) for _, rows in made), sum(len(rows.questions) for _, rows in made))
+        made = [(spec, spec.make(sources, spec)) for spec in table.SETS]
+        counts = {spec.name: {"train": len(rows.train), "queries": len(rows.questions)} for spec, rows in made}
+        totals = [sum(count[part] for count in counts.values()) for part in ("train", "queries")]
+        _logger.info("writing %d training rows and %d queries", *totals)
         write.write(root, made, mapped)
-        found = checks.contents(root, specs, mapped)
+        found = checks.contents(root, table.SETS, mapped)
     if expected is not None:
         checks.compare(found, expected)
     (root / "ATTRIBUTION.md").write_text(packages.attribution(), encoding="utf-8")
-    counts = {spec.name: {"train": len(rows.train), "queries": len(rows.questions)} for spec, rows in made}
     versions = packages.versions() | {"python": platform.python_version()}
     return {"format": 1, "suite": SUITE, "versions": versions, "counts": counts, "sets": found, "total": io.digest(found)}
 

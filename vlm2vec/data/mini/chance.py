@@ -1,4 +1,4 @@
-"""Choices that are the same everywhere: an order made from sha256, so that neither the hash seed, the version of Python nor the order of files matters."""
+"""Choices that are the same everywhere: from sha256, so that neither hash seed, version of Python nor order of files matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a built folder holds, as sha256 over rows and decoded pixels: how files were compressed makes no difference, anything that a model could see does."""
+"""What a built folder holds, as sha256 over rows and decoded pixels: how files are compressed makes no difference."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vlm2vec.data.mini.packages import differences
+from vlm2vec.data.mini.packages import INSTALL, differences
 from vlm2vec.data.mini.pool import Mapper
 from vlm2vec.data.mini.spec import SetSpec
 from vlm2vec.data.mini.write import EVAL_FILE, EVAL_IMAGES, TRAIN_FILE, TRAIN_IMAGES
 from vlm2vec.errors import DataError
-from vlm2vec.io import digest, safe_join
+from vlm2vec.io import digest
 
 PATH_COLUMNS = ("qry_image_path", "pos_image_path", "neg_image_path", "qry_img_path", "tgt_img_path")
 
@@ -47,8 +47,9 @@ def compare(found: dict[str, str], expected: dict[str, str]) -> None:
     different = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if different:
         raise DataError(
-            f"the embedded benchmark came out different: {', '.join(different)} ({len(different)} of {len(expected)} parts). "
-            f"Packages that are not the pinned ones: {differences()}. Install the pinned ones and build again"
+            f"{len(different)} of {len(expected)} parts of the embedded benchmark differ from the recorded checksums: "
+            f"{', '.join(different)}. "
+            f"Packages that are not the pinned ones: {differences()}; {INSTALL} installs those that are"
         )
 
 
@@ -64,7 +65,7 @@ def _read(root: Path, name: str, file: str, images: str) -> Part:
     except (OSError, ValueError) as error:
         raise DataError(f"{root / name / file}: {error}") from None
     paths = sorted({path for row in rows for column in PATH_COLUMNS for path in _listed(row.get(column)) if path})
-    return Part(name, rows, {path: safe_join(root / images, path) for path in paths})
+    return Part(name, rows, {path: root / images / path for path in paths})
 
 
 def _listed(cell: Any) -> list[str]:

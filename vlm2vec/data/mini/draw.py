@@ -86,12 +86,9 @@ def pixels(drawing: Drawing) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def _vector(drawing: Svg | Lucide) -> Image.Image:
-    if isinstance(drawing, Svg):
-        source = {"svg_path": str(folder(drawing.module) / drawing.path)}
-    else:
-        source = {"svg_string": _lucide()[drawing.name]}
+    source = (folder(drawing.module) / drawing.path).read_text(encoding="utf-8") if isinstance(drawing, Svg) else _lucide()[drawing.name]
     # Without the fonts of the system, so that the pixels are the same everywhere. A drawing that is not square comes out narrower.
-    data = resvg_py.svg_to_bytes(**source, width=drawing.size, height=drawing.size, background="white", skip_system_fonts=True)
+    data = resvg_py.svg_to_bytes(svg_string=source, width=drawing.size, height=drawing.size, background="white", skip_system_fonts=True)
     return _centred(Image.open(io.BytesIO(data)).convert("RGB"), drawing.size)
 
 

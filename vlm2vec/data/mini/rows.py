@@ -1,10 +1,11 @@
-"""Rows before they are written: pictures by how they are drawn, the two sides of a pair, examples to learn from and questions to be scored on."""
+"""Rows before they are written: pictures by how they are drawn, sides, examples to learn from and questions to be scored on."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from vlm2vec.data.mini.draw import Drawing
 from vlm2vec.prompts import PLACEHOLDER
@@ -12,14 +13,14 @@ from vlm2vec.prompts import PLACEHOLDER
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the benchmark. Pictures of the same `collection` and `name` are the same picture, whichever set shows them."""
+    """A picture of the benchmark, known by its collection and name: whichever set shows it, it is the same."""
 
     collection: str
     name: str
-    drawing: Drawing
-    ending: str = "png"
+    drawing: Drawing = field(compare=False)
+    ending: str = field(default="png", compare=False)
 
-    @property
+    @cached_property
     def file(self) -> str:
         """File name in plain ASCII; MMEB's own have spaces in them too."""
         plain = re.sub(r"[^A-Za-z0-9 _.+-]", "", self.name)

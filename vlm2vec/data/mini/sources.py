@@ -146,7 +146,7 @@ def material_icons() -> list[Icon]:
 
 
 def other_icons() -> list[Icon]:
-    """Solid Font Awesome icons, Octicons and Lucide icons, by family and name; their names do not agree on what a word means as well as one family's do."""
+    """Solid Font Awesome icons, Octicons and Lucide icons, by family and name."""
     lucide = [Icon("Lucide", name, Lucide(name, ICON)) for name in lucide_names()]
     return _icon_files("FontAwesome", "fontawesome/solid", "") + _icon_files("Octicons", "octicons", "-24") + lucide
 
@@ -219,10 +219,11 @@ def countries() -> dict[str, Country]:
     found = {}
     for file in sorted((folder("countryinfo") / "data").glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
-        values = [facts.get("capital"), facts.get("region"), facts.get("subregion"), (facts.get("tld") or [""])[0]]
-        if all(values):
+        capital, region, subregion = (facts.get(key) for key in ("capital", "region", "subregion"))
+        domain = (facts.get("tld") or [""])[0]
+        if capital and region and subregion and domain:
             code = facts["ISO"]["alpha2"]
-            found[code] = Country(code, *values, population=facts.get("population") or 0)
+            found[code] = Country(code, capital, region, subregion, domain, facts.get("population") or 0)
     return found
 
 

@@ -16,9 +16,9 @@ Negatives = Literal["empty", "one", "bare", "many", "absent"]
 class SetSpec:
     """One set: its texts, its sizes and where it comes from. `make` turns the sources into rows and reads all else from here.
 
-    `instruction` begins every query and `target` every target that is a picture. `train`, `queries` and `candidates` are the most that are used; an
-    OOD set has no training rows. `negatives` says what the columns of negatives hold: "", one negative, a picture bare of words, lists; or that there
-    are no such columns.
+    `instruction` begins every query and `target` every target that is a picture. `train`, `queries` and `candidates` are the most that are
+    used; an OOD set has no training rows. `negatives` says what the columns of negatives hold: "", one negative, a picture bare of words,
+    lists; or that there are no such columns.
     """
 
     name: str

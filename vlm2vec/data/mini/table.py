@@ -211,7 +211,7 @@ SETS = (
         query_modality="image+text",
         target_modality="image",
         packages=ICONS,
-        note="composed retrieval: an icon and 'as an outline', 'with a plus sign'; the icon and its other variants are among the candidates",
+        note="composed: an icon and 'as an outline', 'with a plus sign'; the icon and its other variants are among the candidates",
     ),
     SetSpec(
         name="TwemojiNames_i2t",

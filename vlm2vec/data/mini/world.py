@@ -1,7 +1,7 @@
 """The sources, without drawings that look alike, divided into what training may show and what only evaluation shows.
 
-Names held out are made of words that training names hold too, so that a model can read them: the split is compositional. Nothing here is drawn
-for keeps; drawings are compared by their pixels.
+Names held out are made of words that training names hold too, so that a model can read them: the split is compositional. Drawings are
+compared by their pixels.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SPARE = 3  # training names that each word of a held-out name is in, at least
 HELD_SHARED, HELD_VARIANTS, HELD_ICONS = 120, 620, 1000  # held-out icons after each round: shared with other families, in families, any
 HELD_FAMILY = 4  # icons held out of one family
 HELD_CONCEPTS = 0.25  # share of the concepts without a Material icon that is held out
-HELD_EMOJI, HELD_PEOPLE = 350, 150  # held-out emoji with readable names; of which people, who would be nearly all
-HELD_UNREAD = 0.15  # share of the other emoji that is held out of every set
+HELD_EMOJI = 320  # held-out emoji with readable names; people come last, or they would be nearly all
+HELD_UNREAD = 0.12  # share of the emoji that is held out whatever its name
 TRAIN_DIGITS = 1200
 FLAGS, PEOPLE, KEYCAPS = "Flags", "People & Body", "keycap"
 
@@ -71,7 +71,7 @@ class Numeral:
 
 @dataclass(frozen=True)
 class World:
-    """Everything the tasks draw from. `emoji.test` have readable names; `unread` are held out too, and their names may hold words never seen."""
+    """Everything the tasks draw from. `emoji.test` have readable names; `unread` are held out too, and nobody is asked to read their names."""
 
     icons: Split[Icon]
     numerals: list[Numeral]
@@ -153,7 +153,8 @@ def _divide_icons(icons: list[Icon], families: list[dict[str, Icon]]) -> Split[I
     stems = defaultdict(list)
     for icon in icons:
         stems[icon.parts[0]].append(icon)
-    variants = [_held_variants(members) for stem, members in shuffled(stems.items(), lambda item: item[0], SEED, "variants") if len(members) >= 3]
+    families_of_variants = shuffled(stems.items(), lambda item: item[0], SEED, "variants")
+    variants = [_held_variants(members) for _, members in families_of_variants if len(members) >= 3]
     in_order = shuffled(icons, lambda icon: icon.name, SEED, "icons")
     reserve = _Reserve(icons)
     reserve.hold_out([[icon] for icon in in_order if icon.name in shared], HELD_SHARED)
@@ -220,7 +221,8 @@ def _kept(emoji: Emoji) -> bool:
 def _keycaps(emoji: list[Emoji]) -> list[Numeral]:
     """The keys of a telephone with a digit, in both hands. They are no part of the other emoji."""
     keys = [one for one in emoji if one.group == KEYCAPS and one.name[-1].isdigit() and one.name != "keycap 10"]
-    return [Numeral(hand, one.name, drawing, int(one.name[-1])) for one in keys for hand, drawing in (("OpenMoji", one.openmoji), ("Twemoji", one.twemoji))]
+    hands = (("OpenMoji", "openmoji"), ("Twemoji", "twemoji"))
+    return [Numeral(hand, one.name, getattr(one, drawing), int(one.name[-1])) for one in keys for hand, drawing in hands]
 
 
 def _distinct_emoji(emoji: list[Emoji], mapped: Mapper) -> list[Emoji]:
@@ -234,13 +236,11 @@ def _distinct_emoji(emoji: list[Emoji], mapped: Mapper) -> list[Emoji]:
 
 def _divide_emoji(emoji: list[Emoji]) -> tuple[Split[Emoji], list[Emoji]]:
     in_order = shuffled(emoji, lambda one: one.code, SEED, "emoji")
-    people = [[one] for one in in_order if one.category == PEOPLE]
-    reserve = _Reserve(emoji)
-    reserve.hold_out([[one] for one in in_order if one.category != PEOPLE], HELD_EMOJI - HELD_PEOPLE)
-    reserve.hold_out(people, HELD_EMOJI)
-    split = reserve.split()
-    unread = [one for one in split.train if not one.toned and rank(SEED, "unread", one.code) % 100 < 100 * HELD_UNREAD]
-    return Split([one for one in split.train if one not in unread], split.test), unread
+    unread = [one for one in in_order if not one.toned and rank(SEED, "unread", one.code) % 100 < 100 * HELD_UNREAD]
+    readable = [one for one in in_order if one not in unread]
+    reserve = _Reserve(readable)
+    reserve.hold_out([[one] for one in sorted(readable, key=lambda one: one.category == PEOPLE)], HELD_EMOJI)
+    return reserve.split(), unread
 
 
 def _flags(emoji: list[Emoji], mapped: Mapper) -> list[Flag]:

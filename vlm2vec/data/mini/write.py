@@ -1,5 +1,5 @@
-"""Rows and pictures to files, in MMEB's layout: <root>/train/<set>/original-*.parquet with pictures below <root>/train, <root>/eval/<set>/test-*.parquet
-with pictures below <root>/eval_images."""
+"""Rows and pictures to files, in MMEB's layout: <root>/train/<set>/original-*.parquet with pictures below <root>/train, and
+<root>/eval/<set>/test-*.parquet with pictures below <root>/eval_images."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _pictures(sides: Iterable[Side]) -> Iterable[Picture]:
 
 
 def _files(root: Path, pictures: Iterable[Picture], path: Any) -> dict[Path, Picture]:
-    """File -> picture, each once, in an order that keeps what is drawn alike together. Some file systems do not tell upper from lower case."""
+    """File -> picture, each once, what is drawn alike together. Some file systems do not tell upper from lower case."""
     distinct = dict.fromkeys(pictures)
     by_name: dict[str, Picture] = {}
     for picture in distinct:
@@ -111,5 +111,4 @@ def _files(root: Path, pictures: Iterable[Picture], path: Any) -> dict[Path, Pic
 
 def _save(job: tuple[Path, Picture]) -> None:
     file, picture = job
-    options = {"quality": JPEG_QUALITY} if picture.ending == "jpg" else {}
-    pixels(picture.drawing).save(file, **options)
+    pixels(picture.drawing).save(file, quality=JPEG_QUALITY)  # PNG has no quality and takes no notice

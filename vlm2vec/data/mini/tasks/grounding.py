@@ -116,7 +116,9 @@ def _rows(spec: SetSpec, sheets: tuple[list[SheetOf], list[SheetOf]], ask: Calla
 def _spread(sheets: list[SheetOf], ask: Callable[[SheetOf], list[Asked]], count: int, spec: SetSpec) -> list[Asked]:
     """About equally many questions for each sheet, `count` in all."""
     each = -(-count // max(len(sheets), 1))
-    asked = [one for sheet in sheets for one in shuffled(ask(sheet), lambda one: one.words, spec.seed, spec.name, sheet.picture.name)[:each]]
+    asked: list[Asked] = []
+    for sheet in sheets:
+        asked += shuffled(ask(sheet), lambda one: one.words, spec.seed, spec.name, sheet.picture.name)[:each]
     return shuffled(asked, lambda one: (one.sheet.picture.name, one.words), spec.seed, spec.name)[:count]
 
 

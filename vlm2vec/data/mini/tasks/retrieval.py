@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vlm2vec.data.mini.chance import balanced, rank, shuffled
@@ -18,27 +18,27 @@ TWEMOJI_POOL = 500  # concepts of which evaluation shows the other artist's draw
 Named = tuple[Picture, str]
 
 
-def picture_to_name(spec: SetSpec, train: Iterable[Named], test: Sequence[Named], names: Iterable[str]) -> TaskRows:
+def picture_to_name(spec: SetSpec, train: Sequence[Named], test: Sequence[Named], names: Iterable[str]) -> TaskRows:
     """Pictures as queries; the candidates are names."""
     pool = [Side(name) for name in names]
-    return TaskRows(
-        tuple(Example(shown(spec.instruction, picture), Side(name)) for picture, name in list(train)[: spec.train]),
-        tuple(
-            Question(shown(spec.instruction, picture), sampled(spec, Side(name), [], pool, picture.name)) for picture, name in test[: spec.queries]
-        ),
-    )
+    return _pairs(spec, train, test, lambda picture, name: (shown(spec.instruction, picture), Side(name)), pool)
 
 
-def name_to_picture(spec: SetSpec, train: Iterable[Named], test: Sequence[Named], pictures: Iterable[Picture]) -> TaskRows:
+def name_to_picture(spec: SetSpec, train: Sequence[Named], test: Sequence[Named], pictures: Iterable[Picture]) -> TaskRows:
     """Names as queries; the candidates are pictures."""
     pool = [target_picture(spec.target, picture) for picture in pictures]
-    return TaskRows(
-        tuple(Example(written(spec.instruction, name), target_picture(spec.target, picture)) for picture, name in list(train)[: spec.train]),
-        tuple(
-            Question(written(spec.instruction, name), sampled(spec, target_picture(spec.target, picture), [], pool, name))
-            for picture, name in test[: spec.queries]
-        ),
-    )
+    return _pairs(spec, train, test, lambda picture, name: (written(spec.instruction, name), target_picture(spec.target, picture)), pool)
+
+
+def _pairs(
+    spec: SetSpec, train: Sequence[Named], test: Sequence[Named], sides: Callable[[Picture, str], tuple[Side, Side]], pool: Sequence[Side]
+) -> TaskRows:
+    """Each pair as query and target; the candidates of a question are drawn from the pool."""
+    questions = []
+    for picture, name in test[: spec.queries]:
+        query, gold = sides(picture, name)
+        questions.append(Question(query, sampled(spec, gold, [], pool, name)))
+    return TaskRows(tuple(Example(*sides(picture, name)) for picture, name in train[: spec.train]), tuple(questions))
 
 
 # -- names -------------------------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,8 @@ def across_families(world: World, spec: SetSpec) -> TaskRows:
     questions = []
     for query, gold in test[: spec.queries]:
         pool = [_icon_target(icon, spec) for icon in everything if icon.name != query.name]
-        questions.append(Question(shown(spec.instruction, icon_picture(query)), sampled(spec, _icon_target(gold, spec), [], pool, query.name)))
+        candidates = sampled(spec, _icon_target(gold, spec), [], pool, query.name)
+        questions.append(Question(shown(spec.instruction, icon_picture(query)), candidates))
     examples = (Example(shown(spec.instruction, icon_picture(query)), _icon_target(gold, spec)) for query, gold in train[: spec.train])
     return TaskRows(tuple(examples), tuple(questions))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vlm2vec.data.mini.chance import pick, rank, shuffled
-from vlm2vec.data.mini.draw import Digits, Drawing, pixels
+from vlm2vec.data.mini.draw import Digits, pixels
 from vlm2vec.data.mini.rows import Example, Picture, Question, Side, TaskRows, gold_first, shown
 from vlm2vec.data.mini.sources import Digit, Emoji
 from vlm2vec.data.mini.spec import SetSpec
@@ -95,50 +95,64 @@ COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "white": ((255, 255, 255), (238, 238, 238)),
 }
 MANY, FEW = 0.08, 0.002  # share of a flag above which a colour is on it and below which it is not
-AHEAD = 1.3  # a colour covers the most if it covers so many times the next one
+COLOUR_FLAGS = 20  # flags with and flags without a colour that are asked about it
+AHEAD = 1.5  # a colour covers the most if it covers so many times the next one
 INSIDE = {"OpenMoji": (9, 21, 63, 51), "Twemoji": (6, 14, 66, 58)}  # the part of the drawing without outline and background
 
 
 def flags(world: World, spec: SetSpec) -> TaskRows:
     """Facts about the country of a flag, and the flag's colours. Training shows one artist's flags, evaluation another's."""
-    train = [asked for flag in world.flags for asked in _flag_questions(flag, openmoji_picture(flag.emoji), flag.emoji.openmoji)]
-    test = [asked for flag in world.flags for asked in _flag_questions(flag, twemoji_picture(flag.emoji), flag.emoji.twemoji)]
-    train, test = (shuffled(part, lambda asked: (asked.picture.name, asked.question), spec.seed, spec.name) for part in (train, test))
+    train, test = (_flag_questions(world.flags, picture_of, spec) for picture_of in (openmoji_picture, twemoji_picture))
     return _rows(spec, train[: spec.train], test[: spec.queries], [asked.answer for asked in [*train, *test]])
 
 
-def _flag_questions(flag: Flag, picture: Picture, drawing: Drawing) -> Iterable[Asked]:
+def _flag_questions(flags: list[Flag], picture_of: Callable[[Emoji], Picture], spec: SetSpec) -> list[Asked]:
+    shares = [(picture_of(flag.emoji), _colour_shares(picture_of(flag.emoji))) for flag in flags]
+    asked = [fact for flag in flags for fact in _facts(flag, picture_of(flag.emoji))]
+    asked += [question for picture, share in shares for question in _largest_colour(picture, share)]
+    asked += [question for colour in COLOURS for question in _colour_there(colour, shares, spec)]
+    return shuffled(asked, lambda one: (one.picture.name, one.question), spec.seed, spec.name)
+
+
+def _facts(flag: Flag, picture: Picture) -> Iterable[Asked]:
     country = flag.country
     yield Asked(picture, "Which country or territory does this flag belong to?", flag.emoji.name)
     yield Asked(picture, "What is the capital of the place with this flag?", country.capital)
     yield Asked(picture, "In which part of the world is the place with this flag?", country.region)
     yield Asked(picture, "In which region is the place with this flag?", country.subregion)
     yield Asked(picture, "What is the internet domain of the place with this flag?", country.domain)
-    share = _colour_shares(drawing, picture.collection)
-    (first, most), (_, next_most) = share.most_common(2)
-    if most >= AHEAD * next_most:
+
+
+def _largest_colour(picture: Picture, share: dict[str, float]) -> Iterable[Asked]:
+    first, second, *_ = share
+    if share[first] >= AHEAD * share[second]:
         yield Asked(picture, "Which colour covers the most of this flag?", first)
-    for there, answer in ((True, "Yes"), (False, "No")):
-        colours = [colour for colour in COLOURS if (share[colour] >= MANY if there else share[colour] <= FEW)]
-        if colours:
-            colour = pick(colours, flag.emoji.code, answer)
-            yield Asked(picture, f"Is there any {colour} in this flag?", answer)
 
 
-def _colour_shares(drawing: Drawing, hand: str) -> Counter[str]:
-    """Share of the flag that each colour covers, 0..1."""
-    inside = pixels(drawing).crop(INSIDE[hand])
+def _colour_there(colour: str, shares: Sequence[tuple[Picture, dict[str, float]]], spec: SetSpec) -> Iterable[Asked]:
+    """As many flags that have the colour as flags that have not, so that the question alone does not give the answer away."""
+    shares = shuffled(shares, lambda pair: pair[0].name, spec.seed, spec.name, colour)
+    with_it = [picture for picture, share in shares if share[colour] >= MANY]
+    without = [picture for picture, share in shares if share[colour] <= FEW]
+    for there, not_there in list(zip(with_it, without, strict=False))[:COLOUR_FLAGS]:
+        yield Asked(there, f"Is there any {colour} in this flag?", "Yes")
+        yield Asked(not_there, f"Is there any {colour} in this flag?", "No")
+
+
+def _colour_shares(picture: Picture) -> dict[str, float]:
+    """Share of the flag that each colour covers, 0..1, the largest first."""
+    inside = pixels(picture.drawing).crop(INSIDE[picture.collection])
     area = inside.width * inside.height
-    shares: Counter[str] = Counter({colour: 0 for colour in COLOURS})
-    for count, value in inside.getcolors(maxcolors=area):
-        shares[_colour(value)] += count / area
-    return shares
+    uses: Counter[str] = Counter({colour: 0 for colour in COLOURS})
+    for value, count in Counter(zip(*[iter(inside.tobytes())] * 3, strict=True)).items():
+        uses[_colour(value)] += count
+    return {colour: uses[colour] / area for colour in sorted(uses, key=lambda colour: -uses[colour])}
 
 
 def _colour(value: tuple[int, int, int]) -> str:
     """The nearest colour that has a name."""
-    distance = {colour: min(sum((a - b) ** 2 for a, b in zip(value, known, strict=True)) for known in values) for colour, values in COLOURS.items()}
-    return min(distance, key=lambda colour: (distance[colour], colour))
+    distance = {known: sum((a - b) ** 2 for a, b in zip(value, known, strict=True)) for values in COLOURS.values() for known in values}
+    return min(COLOURS, key=lambda colour: min(distance[known] for known in COLOURS[colour]))
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------------------------
@@ -180,9 +194,10 @@ def _count_one(this: Emoji, by_name: bool, seed: tuple[object, ...]) -> tuple[in
 def _rows(spec: SetSpec, train: list[Asked], test: list[Asked], answers: Iterable[str] = ()) -> TaskRows:
     """`answers` are candidates besides those of the questions themselves."""
     sides = [Side(answer) for answer in sorted({*answers, *(asked.answer for asked in [*train, *test])})]
-    return TaskRows(
-        tuple(
-            Example(shown(spec.instruction, one.picture, one.question), Side(one.answer), (Side(one.wrong),) if one.wrong else ()) for one in train
-        ),
-        tuple(Question(shown(spec.instruction, one.picture, one.question), gold_first(Side(one.answer), sides)) for one in test),
-    )
+    examples, questions = [], []
+    for one in train:
+        query, negatives = shown(spec.instruction, one.picture, one.question), (Side(one.wrong),) if one.wrong else ()
+        examples.append(Example(query, Side(one.answer), negatives))
+    for one in test:
+        questions.append(Question(shown(spec.instruction, one.picture, one.question), gold_first(Side(one.answer), sides)))
+    return TaskRows(tuple(examples), tuple(questions))

@@ -1,0 +1,75 @@
+"""For maintainers: `python -m vlm2vec.data.mini.refresh`, after a change of the table or of a pinned package, builds anew and records what
+came out in `benchmarks/mini/` (checksums.json, datasets.yaml). Read the difference before committing it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from vlm2vec import io
+from vlm2vec.data import mini
+from vlm2vec.data.mini import packages, table
+from vlm2vec.data.mini.spec import SetSpec
+from vlm2vec.data.mini.write import EVAL_FILE
+
+HEADER = """\
+# The sets of the embedded benchmark, counted when `checksums.json` was made. Written by `python -m vlm2vec.data.mini.refresh` from
+# vlm2vec/data/mini/table.py, which is the place to change. README.md beside this file says what each set is, and what the benchmark is not.
+"""
+DESCRIPTION = "MMEB's protocol and layout on openly licensed pictures. It is not MMEB: scores do not compare with those of MMEB."
+
+
+def main(folder: Path = mini.FOLDER) -> None:
+    """Build in a temporary folder and write checksums and the list of the sets to `folder`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / mini.SUITE
+        record = mini.make(root, None)
+        sheet = datasets(root, record)
+    io.write_json(folder / mini.CHECKSUMS.name, {key: record[key] for key in ("format", "total", "sets", "versions")})
+    text = HEADER + yaml.safe_dump(sheet, sort_keys=False, allow_unicode=True, width=150)
+    (folder / "datasets.yaml").write_text(text, encoding="utf-8")
+
+
+def datasets(root: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What `datasets.yaml` says of the benchmark built in `root`."""
+    counts = record["counts"]
+    train = [
+        {"name": spec.name, "path": f"train/{spec.name}", "meta_task": spec.meta_task, "rows": counts[spec.name]["train"]}
+        for spec in table.SETS
+        if counts[spec.name]["train"]
+    ]
+    sets = [_row(root, spec) for spec in table.SETS]
+    return {"suite": mini.SUITE, "description": DESCRIPTION, "root": f"data/{mini.SUITE}", "sets": sets, "train": train}
+
+
+def _row(root: Path, spec: SetSpec) -> dict[str, Any]:
+    sizes = candidates(root, spec.name)
+    known = {package.distribution: package for package in packages.PACKAGES}
+    return {
+        "name": spec.name,
+        "meta_task": spec.meta_task,
+        "split": spec.split,
+        "path": f"eval/{spec.name}",
+        "query_modality": spec.query_modality,
+        "target_modality": spec.target_modality,
+        "queries": len(sizes),
+        "candidates": int(statistics.median(sizes)),
+        "source": ", ".join(spec.packages),
+        "licence": "; ".join(dict.fromkeys(known[name].licence for name in spec.packages)),
+        "note": spec.note,
+    }
+
+
+def candidates(root: Path, name: str) -> list[int]:
+    """How many candidates each query of a built set has."""
+    column = pq.read_table(root / "eval" / name / EVAL_FILE, columns=["tgt_text"]).column(0)
+    return [len(cell) for cell in column]
+
+
+if __name__ == "__main__":
+    main()
