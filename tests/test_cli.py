@@ -17,7 +17,18 @@ from vlm2vec.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.accelerate_cli",
+    "launch",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 
 
 def call(*words: str | Path, launcher: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +41,16 @@ def call(*words: str | Path, launcher: list[str] | None = None, **environment: s
 def test_every_recipe_runs_end_to_end_in_its_tiny_form(recipe: Path, tmp_path: Path) -> None:
     done = call(recipe, "--tiny", f"run.dir={tmp_path}", launcher=[*LAUNCH, "--num_processes", "1"])
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("recipe.yaml", "log.jsonl", "results-before.json", "results.json", "report.html", "report.md", "model/vlm2vec.json", "step-000006/manifest.json"):
+    for name in (
+        "recipe.yaml",
+        "log.jsonl",
+        "results-before.json",
+        "results.json",
+        "report.html",
+        "report.md",
+        "model/vlm2vec.json",
+        "step-000006/manifest.json",
+    ):
         assert (tmp_path / name).exists(), name
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["meta_task"] for row in results["sets"].values()} == {"classification", "vqa", "retrieval", "grounding"}
@@ -41,7 +61,11 @@ def test_every_recipe_runs_end_to_end_in_its_tiny_form(recipe: Path, tmp_path: P
 
 def test_two_processes_take_the_same_first_step_as_one(tmp_path: Path) -> None:
     """The whole path with a process group: same pairs, same global loss and gradient norm to rounding."""
-    model = ["model.path=builtin/tiny-qwen2_vl", "model.family=qwen2_vl", "train.precision=fp32"]  # no dropout: its masks depend on the chunks
+    model = [
+        "model.path=builtin/tiny-qwen2_vl",
+        "model.family=qwen2_vl",
+        "train.precision=fp32",
+    ]  # no dropout: its masks depend on the chunks
     recipe = [ROOT / "recipes" / "quickstart.yaml", "--tiny", "evaluate.suite=null", "evaluate.before=false", *model]
     assert call(*recipe, f"run.dir={tmp_path / 'one'}").returncode == 0
     two = call(*recipe, f"run.dir={tmp_path / 'two'}", launcher=[*LAUNCH, "--multi_gpu", "--num_processes", "2"], ACCELERATE_USE_CPU="true")
@@ -56,7 +80,17 @@ def test_two_processes_take_the_same_first_step_as_one(tmp_path: Path) -> None:
 def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(RECIPES[0]), "--tiny", "--dry-run", f"run.dir={tmp_path / 'run'}"]) == 0
     plan = capsys.readouterr().out
-    for words in ("global batch", "negatives per query", "chunks", "trainable parameters", "language", "projector", "memory per device", "% of the draws", "epochs"):
+    for words in (
+        "global batch",
+        "negatives per query",
+        "chunks",
+        "trainable parameters",
+        "language",
+        "projector",
+        "memory per device",
+        "% of the draws",
+        "epochs",
+    ):
         assert words in plan, plan
     assert not (tmp_path / "run").exists()
 
@@ -83,10 +117,10 @@ def test_wrong_input_ends_with_code_2_and_a_message(
 
 
 def test_a_run_folder_in_use_ends_with_code_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"from pathlib import Path; from vlm2vec import io\nwith io.run_lock(Path({str(tmp_path)!r})): print('held', flush=True); input()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    hold = (
+        f"from pathlib import Path; from vlm2vec import io\nwith io.run_lock(Path({str(tmp_path)!r})): print('held', flush=True); input()"
     )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     assert main(["train", str(RECIPES[0]), "--tiny", f"run.dir={tmp_path}"]) == 5
     assert f"pid {holder.pid}" in capsys.readouterr().err
@@ -105,7 +139,10 @@ def test_encode_writes_one_row_per_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "3 rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("line", "words"), [("{", "items.jsonl:2"), ('{"txt": "a"}', "unknown key 'txt'"), ("[1]", "cannot embed a list"), ("", "items.jsonl:2")])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{", "items.jsonl:2"), ('{"txt": "a"}', "unknown key 'txt'"), ("[1]", "cannot embed a list"), ("", "items.jsonl:2")],
+)
 def test_a_broken_line_of_items_is_named(line: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text('{"text": "a"}\n' + line + "\n")
     with pytest.raises(InputError, match=words):

@@ -140,7 +140,13 @@ def test_the_fingerprint_changes_with_all_that_changes_an_embedding() -> None:
     def fingerprint(**options: object) -> str:
         return Encoder.from_pretrained("builtin/tiny-qwen2_vl", **options).fingerprint()
 
-    seen = {fingerprint(), fingerprint(pooling="mean"), fingerprint(max_tokens=7), fingerprint(dtype="bfloat16"), fingerprint(max_pixels=3136 * 4)}
+    seen = {
+        fingerprint(),
+        fingerprint(pooling="mean"),
+        fingerprint(max_tokens=7),
+        fingerprint(dtype="bfloat16"),
+        fingerprint(max_pixels=3136 * 4),
+    }
     assert len(seen) == 5
     one_weight = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
     next(one_weight.model.parameters()).data.view(-1)[0] += 1

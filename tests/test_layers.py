@@ -90,7 +90,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 def called(node: ast.AST) -> str:
-    """"print" for print(...), "torch.load" for torch.load(...), "" for what is no plain call."""
+    """ "print" for print(...), "torch.load" for torch.load(...), "" for what is no plain call."""
     return ast.unparse(node.func) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute) else ""
 
 

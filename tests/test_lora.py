@@ -115,7 +115,14 @@ def poison(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"), [(rename, "is missing"), (drop, "is missing"), (add, "extra.lora_A.weight is unexpected"), (reshape, "has shape"), (poison, "1 non-finite")]
+    ("harm", "words"),
+    [
+        (rename, "is missing"),
+        (drop, "is missing"),
+        (add, "extra.lora_A.weight is unexpected"),
+        (reshape, "has shape"),
+        (poison, "1 non-finite"),
+    ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor(harm: Callable, words: str, tmp_path: Path) -> None:
     save_adapter(add_lora(backbone(), LoraConfig(rank=2)), tmp_path)

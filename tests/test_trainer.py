@@ -22,7 +22,17 @@ from vlm2vec.encoder import Encoder
 from vlm2vec.errors import EnvError, Interrupted, NonFiniteError, RecipeError
 from vlm2vec.losses import InfoNCE
 from vlm2vec.signals import StopSignal
-from vlm2vec.trainer import LOG, Step, build_optimizer, learning_rate, load_encoder, mixture_of, prepare_run_dir, set_training_mode, step_seed
+from vlm2vec.trainer import (
+    LOG,
+    Step,
+    build_optimizer,
+    learning_rate,
+    load_encoder,
+    mixture_of,
+    prepare_run_dir,
+    set_training_mode,
+    step_seed,
+)
 
 FAMILIES = sorted(registry())
 
@@ -45,13 +55,18 @@ def gradients(recipe: Recipe, double: bool = True) -> dict[str, torch.Tensor]:
         batch = make_batch(mixture.pairs(micro), encoder.processor)
         if double:
             for features in batch.features:
-                features.images = [{key: value.double() if value.is_floating_point() else value for key, value in image.items()} for image in features.images]
+                features.images = [
+                    {key: value.double() if value.is_floating_point() else value for key, value in image.items()}
+                    for image in features.images
+                ]
         step._backward(0, micro, batch)
     return {name: parameter.grad for name, parameter in checkpoint.trainable(encoder, loss).items()}
 
 
 def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: ((found[name] - grad).norm() / grad.norm().clamp(min=1e-12)).item() for name, grad in expected.items() if grad is not None}
+    return {
+        name: ((found[name] - grad).norm() / grad.norm().clamp(min=1e-12)).item() for name, grad in expected.items() if grad is not None
+    }
 
 
 VARIANTS = {

@@ -1,7 +1,8 @@
 """Publish and resume: a checkpoint is a folder `step-000500` that appears whole or not at all.
 
-It is an encoder folder (`Encoder.from_pretrained` reads it) plus `loss.safetensors`, `optimizer.safetensors`, `state.json` and, written last,
-`manifest.json`. The order of the data and the random numbers are pure functions of the step, so the step is all the state there is beside tensors.
+It is an encoder folder (`Encoder.from_pretrained` reads it) plus `loss.safetensors`, `optimizer.safetensors`, `state.json` and, written
+last, `manifest.json`. The order of the data and the random numbers are pure functions of the step, so the step is all the state there is
+beside tensors.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def restore(directory: Path, encoder: Encoder, loss: nn.Module, optimizer: torch
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; each loses its manifest first, so that a kill half-way leaves nothing that looks whole."""
+    """Delete all but the `keep` newest checkpoints; each loses its manifest first, so that a kill leaves nothing that looks whole."""
     for path in steps(run_dir)[:-keep]:
         (path / "manifest.json").unlink(missing_ok=True)
         io.fault("prune", path.name)

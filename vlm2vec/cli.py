@@ -1,10 +1,13 @@
-"""`vlm2vec train | eval | encode | data`: arguments in, exit codes out. The work is done elsewhere; imports are local so that `--help` is quick."""
+"""`vlm2vec train | eval | encode | data`: arguments in, exit codes out. The work is done elsewhere; imports are local so that `--help` is
+quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -220,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parse(argv)
     log.setup("debug" if arguments.verbose else "info")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # for their developers, not for our users
     try:
         arguments.run(arguments)
     except Vlm2VecError as error:

@@ -27,8 +27,8 @@ class Features:
 def plan_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group item indices so that each group costs at most `budget` padded tokens (longest x count).
 
-    Longest first, so that the first chunk shows whether memory suffices; sorted by length, so that little is padded. An item longer than the
-    budget gets a chunk of its own. Ties keep the input order: the plan is a pure function of its arguments.
+    Longest first, so that the first chunk shows whether memory suffices; sorted by length, so that little is padded. An item longer than
+    the budget gets a chunk of its own. Ties keep the input order: the plan is a pure function of its arguments.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     chunks: list[list[int]] = []

@@ -1,7 +1,7 @@
 """Every error a user can meet, with the exit code the command line ends with.
 
-Exit codes: 0 finished · 1 unexpected · 2 input · 3 numeric · 4 environment or disk · 5 locked · 130 and 143 interrupted by SIGINT and SIGTERM.
-A message names the file, row or key, says what was found and what to do about it.
+Exit codes: 0 finished · 1 unexpected · 2 input · 3 numeric · 4 environment or disk · 5 locked · 130 and 143 interrupted by SIGINT and
+SIGTERM. A message names the file, row or key, says what was found and what to do about it.
 """
 
 from __future__ import annotations

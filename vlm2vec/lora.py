@@ -1,7 +1,8 @@
 """LoRA adapters on chosen parts of a backbone, in PEFT's own layout, loaded strictly.
 
-Sources: LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353). PEFT does the arithmetic; this module decides
-which layers it touches and refuses an adapter that does not fit tensor by tensor, because PEFT alone only warns and then serves the base model.
+Sources: LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353). PEFT does the arithmetic; this module
+decides which layers it touches and refuses an adapter that does not fit tensor by tensor, because PEFT alone only warns and then serves the
+base model.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def target_pattern(backbone: Backbone, parts: tuple[str, ...], targets: tuple[str, ...] | None) -> str:
     """A full-match pattern of module names: the linear layers of `parts`, restricted to those whose last name component is in `targets`.
 
-    Layer numbers inside a name become `\\d+`, so the saved pattern stays short; a last component that is a number stays, because its neighbours in a
-    Sequential need not be linear. Raises RecipeError if nothing matches.
+    Layer numbers inside a name become `\\d+`, so the saved pattern stays short; a last component that is a number stays, because its
+    neighbours in a Sequential need not be linear. Raises RecipeError if nothing matches.
     """
     linear = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear) and backbone.part_of(name) in parts]
     chosen = [name for name in linear if targets is None or name.rpartition(".")[2] in targets]
@@ -40,7 +41,7 @@ def target_pattern(backbone: Backbone, parts: tuple[str, ...], targets: tuple[st
 
 
 def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
-    """Inject fresh adapters into `backbone.model`, in place; the new tensors are its only trainable ones. At the start they change nothing."""
+    """Inject fresh adapters into `backbone.model`, in place; the new tensors are its only trainable ones and change nothing yet."""
     config = PeftLoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number
@@ -55,7 +56,7 @@ def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
 
 
 def _inject(backbone: Backbone, config: PeftConfig) -> PeftModel:
-    # PEFT writes the model's `name_or_path` over the base named in `config`; the folder of a cache on this machine would mislead another one.
+    # PEFT writes the model's `name_or_path` over the base named in `config`; a cache folder here means nothing elsewhere.
     backbone.model.name_or_path = backbone.options.path
     config.base_model_name_or_path = backbone.options.path
     return get_peft_model(backbone.model, config)
@@ -63,13 +64,15 @@ def _inject(backbone: Backbone, config: PeftConfig) -> PeftModel:
 
 def save_adapter(adapter: PeftModel, directory: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, readable by PEFT itself."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).items()
+    }
     adapter.peft_config["default"].save_pretrained(str(directory))
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
-    """Inject the adapter saved in `directory`. Raises AdapterError naming the tensor that is missing, unexpected, misshapen or not finite."""
+    """Inject the adapter saved in `directory`. AdapterError names a tensor that is missing, unexpected, misshapen or not finite."""
     weights = directory / ADAPTER_WEIGHTS
     try:
         tensors = load_file(weights)

@@ -25,7 +25,9 @@ MODEL, BEFORE, AFTER = "model", "results-before.json", "results.json"
 
 @dataclass(frozen=True)
 class Done:
-    """What a run left: the folder of the trained model, results before and after (None where the recipe asks for none), files of the report."""
+    """What a run left: the folder of the trained model, results before and after (None where the recipe asks for none), files of the
+    report.
+    """
 
     model: Path
     before: dict[str, Any] | None = None
@@ -39,7 +41,13 @@ class Done:
         if self.report:
             lines.append(f"report  {self.report['html']}  (open it in a browser)")
         use = f"from vlm2vec import Encoder; print(Encoder.from_pretrained('{self.model}').encode(['a red apple']).shape)"
-        return "\n".join([*lines, f'next    python -c "{use}"', "        vlm2vec train RECIPE train.lr=1e-4 run.dir=runs/other    (all keys: vlm2vec keys)"])
+        return "\n".join(
+            [
+                *lines,
+                f'next    python -c "{use}"',
+                "        vlm2vec train RECIPE train.lr=1e-4 run.dir=runs/other    (all keys: vlm2vec keys)",
+            ]
+        )
 
 
 def run(recipe: Recipe, fresh: bool = False) -> Done:

@@ -1,6 +1,7 @@
 """`--dry-run`: what a recipe would do, from its arithmetic alone and before a single step.
 
-Memory is an estimate of what must be resident at once: weights, gradients, optimizer state, activations of one chunk, embeddings of the batch.
+Memory is an estimate of what must be resident at once: weights, gradients, optimizer state, activations of one chunk, embeddings of the
+batch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def parameters_by_part(encoder: Encoder) -> dict[str, tuple[int, int]]:
 
 def activation_bytes(encoder: Encoder, recipe: Recipe) -> int:
     """Activations of one chunk in the second pass: about 34 x hidden bytes of 16-bit values per token and layer (Korthikanti et al. 2022,
-    arXiv 2205.05198, eq. 1 without the attention matrix, which fused kernels do not store); one layer's worth plus inputs with checkpointing."""
+    arXiv 2205.05198, eq. 1 without the attention matrix, which fused kernels do not store); one layer's worth plus inputs with
+    checkpointing.
+    """
     config = encoder.model.config.get_text_config()
     width = 2 if recipe.train.precision == "bf16" else 4
     per_layer = 17 * width * config.hidden_size * recipe.train.chunk_tokens

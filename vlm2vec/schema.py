@@ -139,7 +139,9 @@ class LossConfig:
     learnable_temperature: bool = _key("train the temperature, from the value given", False)
     symmetric: bool = _key("average with the loss from targets to queries", False)
     explicit_negatives: bool = _key("use the negatives that rows carry, besides the other targets of the batch", True)
-    duplicates: Literal["positive", "mask"] = _key("other positives of the same query: they share the label, or are left out of each other's denominator", "positive")
+    duplicates: Literal["positive", "mask"] = _key(
+        "other positives of the same query: they share the label, or are left out of each other's denominator", "positive"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The training loop: exact contrastive steps, published checkpoints, a log that a resumed run continues byte for byte.
 
-Order and random numbers are pure functions of (seed, step), so a run that was killed at any moment and started again ends with the same bits.
+Order and random numbers are pure functions of (seed, step), so a run that was killed at any moment and started again ends with the same
+bits.
 
 Shape letters: B queries, N targets, I distinct items, D embedding; after the gather they count all ranks.
 """
@@ -80,7 +81,9 @@ def _accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
 
 
 def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
-    """The recipe's base model with a fresh adapter drawn from `run.seed`, or the encoder of a checkpoint; only what the recipe trains is trainable."""
+    """The recipe's base model with a fresh adapter drawn from `run.seed`, or the encoder of a checkpoint; only what the recipe trains is
+    trainable.
+    """
     torch.manual_seed(recipe.run.seed)
     if resumed is None:
         encoder = Encoder.build(recipe.model, recipe.lora)
@@ -268,7 +271,9 @@ def step_seed(*parts: int) -> int:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Training mode where something is trained, evaluation mode in modules without a trainable parameter: a frozen tower draws no random number."""
+    """Training mode where something is trained, evaluation mode in modules without a trainable parameter: a frozen tower draws no random
+    number.
+    """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())

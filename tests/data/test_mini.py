@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def test_prompts_have_the_form_of_mmeb(made: Made) -> None:
 
 
 def test_no_picture_of_evaluation_is_in_training(made: Made) -> None:
-    trained = {side.picture for _, example in examples(made) for side in (example.query, example.positive, *example.negatives) if side.picture}
+    trained = {side.picture for _, example in examples(made) for side in write._sides(example) if side.picture}
     asked = {side.picture for _, question in questions(made) for side in (question.query, *question.candidates) if side.picture}
     drawn = {picture.drawing for picture in trained} & {picture.drawing for picture in asked}
     assert len(trained) > 5000 and len(asked) > 3000 and not drawn
@@ -119,7 +119,7 @@ def test_no_picture_of_evaluation_is_in_training(made: Made) -> None:
 
 def test_what_is_on_a_sheet_of_evaluation_is_on_no_sheet_of_training(made: Made) -> None:
     def cells(pictures: set[Picture]) -> set[Any]:
-        return {cell for picture in pictures if isinstance(picture.drawing, draw.Sheet) for cell in picture.drawing.cells if cell is not None}
+        return {cell for picture in pictures if isinstance(picture.drawing, draw.Sheet) for cell in picture.drawing.cells if cell}
 
     trained = cells({example.query.picture for _, example in examples(made) if example.query.picture})
     asked = cells({question.query.picture for _, question in questions(made) if question.query.picture})
@@ -204,7 +204,7 @@ def test_variants_are_read_from_the_end_of_a_name(name: str, stem: str, variants
 
 
 def test_choices_do_not_change() -> None:
-    """By sha256 of "17", "icons" and "heart" joined with the unit separator, worked out apart; a change here means other rows for everybody."""
+    """By sha256 of "17", "icons" and "heart" joined with the unit separator, worked out apart; a change means other rows for everybody."""
     assert chance.rank(17, "icons", "heart") == 18304144456284923672
     assert "".join(chance.shuffled("abcdef", str, 17)) == "edbcfa"
 
@@ -336,7 +336,8 @@ def test_the_record_says_what_it_was_built_from(small: Path) -> None:
     assert "CC-BY-SA-4.0" in (small / "ATTRIBUTION.md").read_text(encoding="utf-8")
 
 
-def test_two_workers_build_what_one_builds(few: None, small: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few")
+def test_two_workers_build_what_one_builds(small: Path, tmp_path: Path) -> None:
     assert mini.make(tmp_path / "again", None, workers=2)["sets"] == io.read_json(small / mini.RECORD)["sets"]
 
 
@@ -378,9 +379,11 @@ def _drop_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(_change_pixel, "differ from the recorded checksums: eval/Digits."), (_drop_picture, "OpenMoji/Train"), (_drop_rows, "eval/Digits/test-")],
+    [(_change_pixel, "from the recorded checksums: eval/Digits."), (_drop_picture, "OpenMoji/Train"), (_drop_rows, "eval/Digits/test-")],
 )
-def test_a_damaged_folder_is_built_again_and_the_log_says_why(copy: Path, caplog: pytest.LogCaptureFixture, damage: Any, words: str) -> None:
+def test_a_damaged_folder_is_built_again_and_the_log_says_why(
+    copy: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], words: str
+) -> None:
     damage(copy)
     with caplog.at_level(logging.WARNING):
         mini.build(copy, workers=1)
@@ -396,7 +399,8 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
     assert (tmp_path / "thesis.tex").read_text() == "important"
 
 
-def test_other_packages_give_an_error_with_sets_and_versions(few: None, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few")
+def test_other_packages_give_an_error_with_sets_and_versions(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = packages.PACKAGES
     monkeypatch.setattr(packages, "PACKAGES", (dataclasses.replace(pinned[0], version="9.9.9"), *pinned[1:]))
     expected = io.read_json(small / mini.RECORD)["sets"] | {"eval/Digits": "0" * 64}

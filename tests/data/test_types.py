@@ -24,7 +24,17 @@ def turned(orientation: int) -> Image.Image:
 def test_pictures_that_decode_differently_have_different_keys() -> None:
     clear = palette_picture(1)
     clear.info["transparency"] = 0
-    pictures = [palette_picture(1), palette_picture(2), clear, turned(1), turned(6), Image.new("RGB", (2, 8)), Image.new("L", (4, 4)), Path("a.png"), b"a.png"]
+    pictures = [
+        palette_picture(1),
+        palette_picture(2),
+        clear,
+        turned(1),
+        turned(6),
+        Image.new("RGB", (2, 8)),
+        Image.new("L", (4, 4)),
+        Path("a.png"),
+        b"a.png",
+    ]
     assert len({ImageRef(picture).key for picture in pictures}) == len(pictures)
     assert ImageRef(palette_picture(1)).key == ImageRef(palette_picture(1)).key
 
@@ -34,5 +44,11 @@ def test_a_label_is_for_people_only() -> None:
 
 
 def test_fields_cannot_run_into_one_another() -> None:
-    items = [Item("b", (ImageRef(Path("/x")),)), Item("b\0path:/x"), Item("b", instruction="a"), Item("a b"), Item(instruction="a", text="b\0path:/x")]
+    items = [
+        Item("b", (ImageRef(Path("/x")),)),
+        Item("b\0path:/x"),
+        Item("b", instruction="a"),
+        Item("a b"),
+        Item(instruction="a", text="b\0path:/x"),
+    ]
     assert len({item.key for item in items}) == len(items)

@@ -1,4 +1,5 @@
-"""kill -9 at random moments, run the same command again until it ends: the weights and the log must be those of an undisturbed run, bit for bit.
+"""kill -9 at random moments, run the same command again until it ends: the weights and the log must be those of an undisturbed run, bit for
+bit.
 
 Children are forked from this process after the imports, so that a trial costs a second. Replay one trial with `--kill-seed N`.
 """
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import fork_run, final_bytes, tiny_recipe
+from tests.runs import final_bytes, fork_run, tiny_recipe
 
 MAX_KILLS = 5
 
 
 def train_with_kills(run_dir: Path, seed: int, seconds: float) -> int:
-    """Start the run up to MAX_KILLS times with a kill at a random moment of an undisturbed run's `seconds`, then let it finish; the number of kills that hit."""
+    """Start the run up to MAX_KILLS times with a kill at a random moment of an undisturbed run's `seconds`, then let it finish; the number
+    of kills that hit.
+    """
     moments = random.Random(seed)
     hits = 0
     for _ in range(MAX_KILLS):

@@ -173,9 +173,7 @@ def test_kill_at_every_point_leaves_the_old_or_the_new(
 
 @pytest.mark.parametrize("kind", FAULT_KINDS)
 @pytest.mark.parametrize("case", ["first", "exchanged", "renamed twice"])
-def test_refusal_at_every_point_is_explained_and_cleaned_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
-) -> None:
+def test_refusal_at_every_point_is_explained_and_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, kind: str) -> None:
     if case == "renamed twice":
         monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
     target, refusals = tmp_path / "out", 0

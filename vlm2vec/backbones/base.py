@@ -22,7 +22,7 @@ from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer
+from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
 from vlm2vec.collate import Features, pad_tokens
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import DataError, ModelError, RecipeError
@@ -271,5 +271,6 @@ class Backbone(nn.Module, ABC):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write weights, configuration, tokenizer and image processor in the family's Hugging Face layout."""
-        self.model.save_pretrained(str(directory))
+        with no_bars():
+            self.model.save_pretrained(str(directory))
         self.processor.save_pretrained(directory)

@@ -7,6 +7,7 @@ says are errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,21 @@ def load_image_processor(folder: Path, options: ModelConfig) -> Any:
     return _load(transformers.AutoImageProcessor.from_pretrained, folder, options, backend="pil")
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar for each file; its setting is put back afterwards."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def _load(loader: Callable[..., Any], folder: Path, options: ModelConfig, **kwargs: Any) -> Any:
     try:
-        return loader(str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True, **kwargs)
+        with no_bars():
+            return loader(str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True, **kwargs)
     except LOADING_ERRORS as error:
         raise ModelError(f"{folder}: cannot be loaded ({type(error).__name__}: {error})") from error

@@ -114,7 +114,9 @@ class VistaModel(PreTrainedModel):
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Visual tokens (N, G, D) of pictures (N, 3, size, size)."""
-        map_NFHW = self.vision_model(pixel_values.to(self.dtype)).last_hidden_state
+        # channels last: depthwise convolutions run 1.5 times as fast that way on a CPU
+        pixels_N3HW = pixel_values.to(self.dtype, memory_format=torch.channels_last)
+        map_NFHW = self.vision_model(pixels_N3HW).last_hidden_state
         cells_NGF = adaptive_avg_pool2d(map_NFHW, self.config.visual_grid).flatten(2).transpose(1, 2)
         return self.projector(cells_NGF)
 

@@ -42,7 +42,7 @@ def _looks(image: Image.Image) -> list[str | int | None]:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to embed: text with or without pictures. `text` may hold placeholders such as `<|image_1|>`; `instruction` says the task."""
+    """One thing to embed: text with or without pictures. `text` may hold placeholders like `<|image_1|>`; `instruction` says the task."""
 
     text: str = ""
     images: tuple[ImageRef, ...] = ()

@@ -42,6 +42,7 @@ def build(to: Path | str, workers: int | None = None) -> Path:
 
 def make(to: Path, expected: dict[str, str] | None, workers: int | None = None) -> dict[str, Any]:
     """Make the benchmark in `to`, whatever is there, and return its record. With None for `expected` it is compared with nothing."""
+    to = to.resolve()  # what a link points to is replaced, not the link
     staging = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -110,8 +110,6 @@ class Country:
     code: str
     capital: str
     region: str
-    subregion: str
-    domain: str
     population: int
 
 
@@ -215,15 +213,13 @@ def _groups() -> dict[str, tuple[str, str]]:
 
 
 def countries() -> dict[str, Country]:
-    """Two-letter code -> facts, of the countries and territories whose capital, region and domain are known."""
+    """Two-letter code -> facts, of the countries and territories whose capital and region are known."""
     found = {}
     for file in sorted((folder("countryinfo") / "data").glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
-        capital, region, subregion = (facts.get(key) for key in ("capital", "region", "subregion"))
-        domain = (facts.get("tld") or [""])[0]
-        if capital and region and subregion and domain:
+        if facts.get("capital") and facts.get("region"):
             code = facts["ISO"]["alpha2"]
-            found[code] = Country(code, capital, region, subregion, domain, facts.get("population") or 0)
+            found[code] = Country(code, facts["capital"], facts["region"], facts.get("population") or 0)
     return found
 
 

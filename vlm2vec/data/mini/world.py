@@ -20,9 +20,9 @@ from vlm2vec.data.mini.pool import Mapper
 from vlm2vec.data.mini.sources import Country, Digit, Emoji, Icon, Photograph
 
 SEED = 17
-ICON_WORD_USES = 6  # a word must be in so many icon names for the icon to be used at all
+ICON_WORD_USES = 12  # a word must be in so many icon names for the icon to be used at all
 SPARE = 3  # training names that each word of a held-out name is in, at least
-HELD_SHARED, HELD_VARIANTS, HELD_ICONS = 120, 620, 1000  # held-out icons after each round: shared with other families, in families, any
+HELD_SHARED, HELD_VARIANTS, HELD_ICONS = 80, 400, 600  # held-out icons after each round: shared with other families, in families, any
 HELD_FAMILY = 4  # icons held out of one family
 HELD_CONCEPTS = 0.25  # share of the concepts without a Material icon that is held out
 HELD_EMOJI = 320  # held-out emoji with readable names; people come last, or they would be nearly all
@@ -71,7 +71,7 @@ class Numeral:
 
 @dataclass(frozen=True)
 class World:
-    """Everything the tasks draw from. `emoji.test` have readable names; `unread` are held out too, and nobody is asked to read their names."""
+    """Everything the tasks draw from. `emoji.test` have readable names; `unread` are held out too; nobody is asked to read their names."""
 
     icons: Split[Icon]
     numerals: list[Numeral]

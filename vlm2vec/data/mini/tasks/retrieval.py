@@ -13,6 +13,7 @@ from vlm2vec.data.mini.tasks.common import icon_picture, openmoji_picture, sampl
 from vlm2vec.data.mini.world import World
 
 CHANGE_EXAMPLES, CHANGE_QUERIES = 250, 60  # pairs of icons per kind of change, so that outlines do not decide
+CONCEPT_QUERIES = 2  # pairs of families that are asked for per concept
 TWEMOJI_POOL = 500  # concepts of which evaluation shows the other artist's drawing
 
 Named = tuple[Picture, str]
@@ -59,13 +60,13 @@ def name_to_icon(world: World, spec: SetSpec) -> TaskRows:
 def emoji_to_name(world: World, spec: SetSpec) -> TaskRows:
     """Emoji and their names."""
     train, test = (_named_emoji(part, spec) for part in (world.emoji.train, world.emoji.test))
-    return picture_to_name(spec, train, test, [emoji.name for emoji in [*world.emoji.test, *world.unread]])
+    return picture_to_name(spec, train, test, [emoji.name for emoji in world.emoji.test])
 
 
 def name_to_emoji(world: World, spec: SetSpec) -> TaskRows:
     """The other way round."""
     train, test = (_named_emoji(part, spec) for part in (world.emoji.train, world.emoji.test))
-    return name_to_picture(spec, train, test, [openmoji_picture(emoji) for emoji in [*world.emoji.test, *world.unread]])
+    return name_to_picture(spec, train, test, [openmoji_picture(emoji) for emoji in world.emoji.test])
 
 
 def twemoji_to_name(world: World, spec: SetSpec) -> TaskRows:
@@ -106,7 +107,7 @@ def _redrawn(world: World) -> list[Emoji]:
 def across_families(world: World, spec: SetSpec) -> TaskRows:
     """The same concept drawn for another family of icons."""
     train = _family_pairs(world.concepts.train, spec)
-    test = balanced(_family_pairs(world.concepts.test, spec), lambda pair: pair[0].name, 1)
+    test = balanced(_family_pairs(world.concepts.test, spec), lambda pair: pair[0].name, CONCEPT_QUERIES)
     everything = [icon for concept in world.concepts.test for icon in concept.values()]
     questions = []
     for query, gold in test[: spec.queries]:
