@@ -96,3 +96,13 @@ def test_the_same_picture_is_read_once(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("vlm2vec.evalsets.load_image", lambda image: opened.append(sha256_bytes(image.source.read_bytes())))
     intake(root)
     assert len(opened) == len(set(opened)) == 1
+
+
+def test_pictures_are_named_inside_a_linked_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    inside, outside = ImageRef(tmp_path / "real" / "a.png"), ImageRef(tmp_path / "b.png")
+    assert picture_name(inside, tmp_path / "link") == "a.png"
+    assert picture_name(inside, tmp_path / "real") == "a.png"
+    assert picture_name(outside, tmp_path / "real") == (tmp_path / "b.png").as_posix()
+    assert picture_name(ImageRef(b"x"), tmp_path) is None

@@ -44,7 +44,7 @@ class VistaConfig(PreTrainedConfig):
         text_config: BertConfig | dict[str, Any] | None = None,
         vision_config: MobileNetV2Config | dict[str, Any] | None = None,
         image_token_id: int = 2,
-        image_size: int = 128,
+        image_size: int = 96,
         visual_grid: int = 3,
         initializer_range: float = 0.02,
         **kwargs: Any,

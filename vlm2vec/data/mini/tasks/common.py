@@ -58,7 +58,9 @@ def classification(spec: SetSpec, train: Sequence[Labelled], test: Sequence[Labe
 def sampled(spec: SetSpec, gold: Side, must: Sequence[Side], pool: Sequence[Side], *seed: object) -> tuple[Side, ...]:
     """The gold, what must be among the candidates, and as many of the pool as there is room for, in the order of the pool."""
     chosen = dict.fromkeys([gold, *must])
-    rest = [side for side in dict.fromkeys(pool) if side not in chosen]
+    common = list(dict.fromkeys(pool))
+    shared = sorted(shuffled(range(len(common)), lambda number: number, spec.seed, spec.name)[: spec.pool])
+    rest = [common[number] for number in shared if common[number] not in chosen]
     room = spec.candidates - len(chosen)
     if len(rest) > room:
         numbers = shuffled(range(len(rest)), lambda number: number, spec.seed, spec.name, *seed)[:room]
