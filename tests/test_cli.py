@@ -101,7 +101,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pyt
         (["train", "recipes/quickstrt.yaml"], 2, "did you mean recipes/quickstart.yaml"),
         (["train", "recipes/quickstart.yaml", "train.lrr=1"], 2, "did you mean lr"),
         (["train", "recipes/quickstart.yaml", "--tiny", "train.lr"], 2, "key=value"),
-        (["train", "recipes/quickstart.yaml", "data.root=/no/such/folder"], 2, "/no/such/folder"),
+        (["train", "recipes/quickstart.yaml", "data.root=/no/such/folder", "evaluate.suite=null"], 2, "/no/such/folder"),
         (["eval", "/no/such/model"], 2, "/no/such/model"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "minni"], 2, "minni"),
         (["encode", "builtin/tiny-qwen2_vl", "/no/such.jsonl", "--to", "x"], 2, "/no/such.jsonl not found"),

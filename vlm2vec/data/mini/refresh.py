@@ -1,10 +1,11 @@
 """For maintainers: `python -m vlm2vec.data.mini.refresh`, after a change of the table or of a pinned package, builds anew and records what
-came out in `benchmarks/mini/` (checksums.json, datasets.yaml). Read the difference before committing it."""
+came out in `benchmarks/mini/` (checksums.json, datasets.yaml, sets.md). Read the difference before committing it."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ from vlm2vec import io
 from vlm2vec.data import mini
 from vlm2vec.data.mini import packages, table
 from vlm2vec.data.mini.spec import SetSpec
-from vlm2vec.data.mini.write import EVAL_FILE
+from vlm2vec.data.mini.write import EVAL_FILE, TRAIN_FILE
 
 HEADER = """\
 # The sets of the embedded benchmark, counted when `checksums.json` was made. Written by `python -m vlm2vec.data.mini.refresh` from
 # vlm2vec/data/mini/table.py, which is the place to change. README.md beside this file says what each set is, and what the benchmark is not.
+"""
+SETS_PAGE = """\
+# The sets, counted
+
+Written by `python -m vlm2vec.data.mini.refresh`. *Chance* is the expected precision@1 of a random ranking. *Blind* is that of giving, without looking
+at the picture, the most frequent training answer to the same question (or, where training has no such question, to all): what is learnt about
+pictures begins above it.
+
+| set | meta-task | | query -> target | training rows | queries | candidates | chance % | blind % | what it is |
+|---|---|---|---|--:|--:|--:|--:|--:|---|
 """
 DESCRIPTION = "MMEB's protocol and layout on openly licensed pictures. It is not MMEB: scores do not compare with those of MMEB."
 
@@ -30,9 +41,11 @@ def main(folder: Path = mini.FOLDER) -> None:
         root = Path(scratch) / mini.SUITE
         record = mini.make(root, None)
         sheet = datasets(root, record)
+        page = SETS_PAGE + "\n".join(_line(root, row, record["counts"][row["name"]]["train"]) for row in sheet["sets"]) + "\n"
     io.write_json(folder / mini.CHECKSUMS.name, {key: record[key] for key in ("format", "total", "sets", "versions")})
     text = HEADER + yaml.safe_dump(sheet, sort_keys=False, allow_unicode=True, width=150)
     (folder / "datasets.yaml").write_text(text, encoding="utf-8")
+    (folder / "sets.md").write_text(page, encoding="utf-8")
 
 
 def datasets(root: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +82,29 @@ def candidates(root: Path, name: str) -> list[int]:
     """How many candidates each query of a built set has."""
     column = pq.read_table(root / "eval" / name / EVAL_FILE, columns=["tgt_text"]).column(0)
     return [len(cell) for cell in column]
+
+
+def _line(root: Path, row: dict[str, Any], rows: int) -> str:
+    """A set's line of `sets.md`."""
+    sizes = candidates(root, row["name"])
+    modalities = f"{row['query_modality']} -> {row['target_modality']}"
+    percentages = f"{100 * statistics.mean(1 / size for size in sizes):.1f} | {_blind(root, row['name'], row['meta_task'])}"
+    counts = f"{rows or ''} | {row['queries']} | {row['candidates']}"
+    return f"| {row['name']} | {row['meta_task']} | {row['split']} | {modalities} | {counts} | {percentages} | {row['note']} |"
+
+
+def _blind(root: Path, name: str, meta_task: str) -> str:
+    """precision@1, in percent, of the most frequent training answer to each question; "" where answers are not repeated or nothing is trained."""
+    file = root / "train" / name / TRAIN_FILE
+    if meta_task not in ("classification", "vqa") or not file.exists():
+        return ""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in pq.read_table(file, columns=["qry", "pos_text"]).to_pylist():
+        answers[row["qry"]][row["pos_text"]] += 1
+    everywhere = sum(answers.values(), Counter())
+    asked = pq.read_table(root / "eval" / name / EVAL_FILE, columns=["qry_text", "tgt_text"]).to_pylist()
+    right = [(answers.get(row["qry_text"]) or everywhere).most_common(1)[0][0] == row["tgt_text"][0] for row in asked]
+    return f"{100 * statistics.mean(right):.1f}"
 
 
 if __name__ == "__main__":

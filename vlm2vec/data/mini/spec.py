@@ -17,8 +17,8 @@ class SetSpec:
     """One set: its texts, its sizes and where it comes from. `make` turns the sources into rows and reads all else from here.
 
     `instruction` begins every query and `target` every target that is a picture. `train`, `queries` and `candidates` are the most that are
-    used, and `pool` is how many the candidates of all queries are drawn from; an OOD set has no training rows. `negatives` says what the columns of negatives hold: "", one negative, a picture bare of words,
-    lists; or that there are no such columns.
+    used, and `pool` is how many the candidates of all queries are drawn from; an OOD set has no training rows. `negatives` says what the
+    columns of negatives hold: "", one negative, a picture bare of words, lists; or that there are no such columns.
     """
 
     name: str
