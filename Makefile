@@ -3,6 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RECIPE ?= recipes/quickstart.yaml
+# accelerate gives a process one thread unless told otherwise
+THREADS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) train.py
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-short test test-slow test-faults lint clean
 
@@ -21,11 +24,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml benchmarks/mini/weights.txt
 
 demo-short: install ## the demo in its shortest form: a few steps and queries, so that it cannot rot
 	$(BIN)/vlm2vec data get mini
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py $(RECIPE) run.dir=runs/demo-short train.steps=4 train.warmup=1 evaluate.limit=10 --fresh
+	$(LAUNCH) $(RECIPE) run.dir=runs/demo-short train.steps=3 train.warmup=1 evaluate.limit=2 --fresh
 
 demo: install ## train, evaluate and report on the embedded benchmark (minutes, no GPU, no network once installed)
 	$(BIN)/vlm2vec data get mini
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train.py $(RECIPE)
+	$(LAUNCH) $(RECIPE)
 
 test: install ## run the test suite (no network, no GPU)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not faults and not gpu"

@@ -152,7 +152,8 @@ def picture_name(image: ImageRef, root: Path) -> str | None:
     """Path of a picture relative to `root`, with forward slashes; the whole path if it lies elsewhere, None if it is no file."""
     if not isinstance(image.source, Path):
         return None
-    bases = [base for base in (root, root.resolve()) if image.source.is_relative_to(base)]  # readers give resolved paths, and root may be a link
+    # readers give resolved paths, and root may be a link
+    bases = [base for base in (root, root.resolve()) if image.source.is_relative_to(base)]
     return (image.source.relative_to(bases[0]) if bases else image.source).as_posix()
 
 

@@ -448,6 +448,14 @@ def test_the_recorded_benchmark_has_the_sets_of_the_table(made: Made) -> None:
     assert io.digest(recorded["sets"]) == recorded["total"]
 
 
+def test_the_page_of_the_sets_says_what_the_list_says() -> None:
+    suite, page = load_suite("mini"), (mini.FOLDER / "sets.md").read_text(encoding="utf-8")
+    rows = {spec.name: spec.rows for spec in suite.train}
+    for spec in suite.sets:
+        counts = f"{rows.get(spec.name, '')} | {spec.queries} | {spec.candidates}"
+        assert f"\n| {spec.name} | {spec.meta_task} | {spec.split} | {spec.query_modality} -> {spec.target_modality} | {counts} | " in page
+
+
 def test_the_demo_extra_pins_the_packages() -> None:
     setup = (mini.FOLDER.parent.parent / "setup.cfg").read_text(encoding="utf-8")
     for package in packages.PACKAGES:

@@ -19,15 +19,15 @@ from vlm2vec.data.mini.spec import SetSpec
 from vlm2vec.data.mini.write import EVAL_FILE, TRAIN_FILE
 
 HEADER = """\
-# The sets of the embedded benchmark, counted when `checksums.json` was made. Written by `python -m vlm2vec.data.mini.refresh` from
-# vlm2vec/data/mini/table.py, which is the place to change. README.md beside this file says what each set is, and what the benchmark is not.
+# The sets of the embedded benchmark, counted when `checksums.json` was made. Written by `python -m vlm2vec.data.mini.refresh`
+# from vlm2vec/data/mini/table.py, the place to change. README.md beside this file says what each set is, and what it is not.
 """
 SETS_PAGE = """\
 # The sets, counted
 
-Written by `python -m vlm2vec.data.mini.refresh`. *Chance* is the expected precision@1 of a random ranking. *Blind* is that of giving, without looking
-at the picture, the most frequent training answer to the same question (or, where training has no such question, to all): what is learnt about
-pictures begins above it.
+Written by `python -m vlm2vec.data.mini.refresh`. *Chance* is the expected precision@1 of a random ranking. *Blind* is that of giving, with
+no look at the picture, the most frequent training answer to the same question (to any, where training does not ask it): what is learnt
+about pictures begins above it.
 
 | set | meta-task | | query -> target | training rows | queries | candidates | chance % | blind % | what it is |
 |---|---|---|---|--:|--:|--:|--:|--:|---|
@@ -94,7 +94,7 @@ def _line(root: Path, row: dict[str, Any], rows: int) -> str:
 
 
 def _blind(root: Path, name: str, meta_task: str) -> str:
-    """precision@1, in percent, of the most frequent training answer to each question; "" where answers are not repeated or nothing is trained."""
+    """precision@1, in percent, of the most frequent training answer to each question; "" where answers do not repeat."""
     file = root / "train" / name / TRAIN_FILE
     if meta_task not in ("classification", "vqa") or not file.exists():
         return ""
