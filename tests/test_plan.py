@@ -1,0 +1,54 @@
+"""The arithmetic of `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.runs import tiny_recipe
+from vlm2vec.plan import dry_run, memory, parameters_by_part
+from vlm2vec.trainer import load_encoder, mixture_of, total_steps
+
+
+def test_parameters_are_counted_by_part(tmp_path: Path) -> None:
+    encoder = load_encoder(tiny_recipe(tmp_path), None)
+    table = parameters_by_part(encoder)
+    assert sum(total for _, total in table.values()) == sum(parameter.numel() for parameter in encoder.model.parameters())
+    assert sum(trained for trained, _ in table.values()) == sum(p.numel() for p in encoder.model.parameters() if p.requires_grad)
+    assert table["language"][0] > 0 and table["vision"][0] == 0
+
+
+def test_memory_follows_the_sizes(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    encoder = load_encoder(recipe, None)
+    total = sum(parameter.numel() for parameter in encoder.model.parameters())
+    table = memory(encoder, recipe, 1)
+    assert table["weights"] == pytest.approx(4 * total / 1024**3)
+    assert table["optimizer"] == pytest.approx(2 * table["gradients"])
+    wider = replace(recipe, train=replace(recipe.train, chunk_tokens=2 * recipe.train.chunk_tokens))
+    assert memory(encoder, wider, 1)["activations of a chunk"] == pytest.approx(2 * table["activations of a chunk"])
+    saved = replace(recipe, train=replace(recipe.train, activation_checkpointing=True))
+    assert memory(encoder, saved, 1)["activations of a chunk"] < table["activations of a chunk"]
+
+
+def test_epochs_become_steps(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    mixture = mixture_of(recipe)
+    epochs = replace(recipe, train=replace(recipe.train, steps=None, epochs=2.0, accumulate=3))
+    assert total_steps(recipe, mixture) == 12
+    assert total_steps(epochs, mixture) == 2 * len(mixture) // (8 * 3)
+
+
+def test_the_plan_names_what_a_user_asks_for(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    plan = dry_run(recipe, load_encoder(recipe, None), mixture_of(recipe), world_size=2)
+    for words in (
+        "8 pairs on 2 process(es)",
+        "2 of 4 pairs of one source",
+        "7 in the batch, and explicit ones",
+        "12 = 96 pairs",
+        "image_to_text",
+    ):
+        assert words in plan, plan
