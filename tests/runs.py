@@ -21,9 +21,9 @@ lora: {lora}
 data:
   root: builtin/tiny
   block: 4
-  sources: [{{name: image_to_text}}, {{name: composed}}]
+  sources: [{{name: image_to_text}}, {{name: text_to_image}}, {{name: composed}}]  # the third kind carries negatives
 loss: {{temperature: 0.05, symmetric: true, learnable_temperature: true}}
-train: {{steps: {steps}, global_batch: 8, chunk_tokens: 160, lr: 1e-3, warmup: 2}}
+train: {{steps: {steps}, global_batch: 12, chunk_tokens: 160, lr: 1e-3, warmup: 2}}
 checkpoint: {{every: 3, keep: 2}}
 evaluate: {{after: false}}
 """

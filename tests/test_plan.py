@@ -38,17 +38,17 @@ def test_epochs_become_steps(tmp_path: Path) -> None:
     mixture = mixture_of(recipe)
     epochs = replace(recipe, train=replace(recipe.train, steps=None, epochs=2.0, accumulate=3))
     assert total_steps(recipe, mixture) == 12
-    assert total_steps(epochs, mixture) == 2 * len(mixture) // (8 * 3)
+    assert total_steps(epochs, mixture) == 2 * len(mixture) // (12 * 3)
 
 
 def test_the_plan_names_what_a_user_asks_for(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     plan = dry_run(recipe, load_encoder(recipe, None), mixture_of(recipe), world_size=2)
     for words in (
-        "8 pairs on 2 process(es)",
-        "2 of 4 pairs of one source",
-        "7 in the batch, and explicit ones",
-        "12 = 96 pairs",
+        "12 pairs on 2 process(es)",
+        "3 of 4 pairs of one source",
+        "11 in the batch, and explicit ones",
+        "12 = 144 pairs",
         "image_to_text",
     ):
         assert words in plan, plan

@@ -99,6 +99,28 @@ def test_chunks_do_not_change_the_gradient_without_dropout(tmp_path: Path) -> No
     assert max(errors.values()) <= 2e-5, errors
 
 
+@pytest.mark.parametrize("chunk_tokens", [60, 10**6])
+def test_the_loss_is_that_of_the_pairs_as_they_were_drawn(chunk_tokens: int, tmp_path: Path) -> None:
+    """Items embedded one by one in the order of the pairs: whoever mixes up rows while chunking fails here."""
+    recipe = changed(tiny_recipe(tmp_path, lora="{rank: 4}"), "train", chunk_tokens=chunk_tokens)
+    encoder, loss = load_encoder(recipe, None), InfoNCE(recipe.loss)
+    pairs = mixture_of(recipe).pairs(0)
+    step = Step(recipe, encoder, loss, build_optimizer(recipe.train, encoder, loss))
+    found = step._backward(0, 0, make_batch(pairs, encoder.processor))
+    targets = [pair.positive for pair in pairs] + [negative for pair in pairs for negative in pair.negatives]
+    ids = {item.key: index for index, item in enumerate([*targets, *(pair.query for pair in pairs)])}
+    expected, stats = loss(
+        encoder.encode([pair.query for pair in pairs]),
+        encoder.encode(targets),
+        positive_B=torch.arange(len(pairs)),
+        target_id_N=torch.tensor([ids[item.key] for item in targets]),
+        query_id_B=torch.tensor([ids[pair.query.key] for pair in pairs]),
+    )
+    assert any(pair.negatives for pair in pairs)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["positive_similarity"] == pytest.approx(stats["positive_similarity"].item(), abs=1e-5)
+
+
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, lora="{rank: 4, dropout: 0.1}")
     errors = relative_errors(gradients(changed(recipe, "train", activation_checkpointing=True)), gradients(recipe))
