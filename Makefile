@@ -31,13 +31,13 @@ demo: install ## train, evaluate and report on the embedded benchmark (minutes, 
 	$(LAUNCH) $(RECIPE)
 
 test: install ## run the test suite (no network, no GPU)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not faults and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults and not gpu"
 
 test-slow: install ## run the long trials: seeds of the demo, many random kills
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-faults: install ## run the fault-injection trials
-	$(BIN)/python -m pytest -n 2 -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
