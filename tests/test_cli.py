@@ -101,17 +101,21 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pyt
         (["train", "recipes/quickstrt.yaml"], 2, "did you mean recipes/quickstart.yaml"),
         (["train", "recipes/quickstart.yaml", "train.lrr=1"], 2, "did you mean lr"),
         (["train", "recipes/quickstart.yaml", "--tiny", "train.lr"], 2, "key=value"),
-        (["train", "recipes/quickstart.yaml", "data.root=/no/such/folder", "evaluate.suite=null"], 2, "/no/such/folder"),
+        (
+            ["train", "recipes/quickstart.yaml", "data.root=/no/such/folder", "evaluate.suite=null", "run.dir={tmp}/run"],
+            2,
+            "/no/such/folder",
+        ),
         (["eval", "/no/such/model"], 2, "/no/such/model"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "minni"], 2, "minni"),
         (["encode", "builtin/tiny-qwen2_vl", "/no/such.jsonl", "--to", "x"], 2, "/no/such.jsonl not found"),
     ],
 )
 def test_wrong_input_ends_with_code_2_and_a_message(
-    words: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(words) == code
+    assert main([word.replace("{tmp}", str(tmp_path)) for word in words]) == code
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 

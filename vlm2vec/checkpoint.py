@@ -39,7 +39,7 @@ def save(run_dir: Path, step: int, encoder: Encoder, loss: nn.Module, optimizer:
     target = run_dir / f"step-{step:06d}"
     with io.publishing(target, replace=True) as staging:
         encoder.save_pretrained(staging, recipe_digest=recipe_digest)
-        _save_tensors({name: tensor for name, tensor in loss.state_dict().items()}, staging / "loss.safetensors")
+        _save_tensors(loss.state_dict(), staging / "loss.safetensors")
         _save_tensors(_optimizer_tensors(optimizer, parameters), staging / "optimizer.safetensors")
         io.write_json(staging / "state.json", {"format": FORMAT, "step": step, "recipe_digest": recipe_digest})
     return target

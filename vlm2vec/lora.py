@@ -62,11 +62,14 @@ def _inject(backbone: Backbone, config: PeftConfig) -> PeftModel:
     return get_peft_model(backbone.model, config)
 
 
+def _tensors(adapter: PeftModel) -> dict[str, Tensor]:
+    """The adapter's own tensors by PEFT's names. Embedding layers are never part of it; PEFT would ask the Hub whether they changed."""
+    return get_peft_model_state_dict(adapter, save_embedding_layers=False)
+
+
 def save_adapter(adapter: PeftModel, directory: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, readable by PEFT itself."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(adapter, save_embedding_layers=False).items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(adapter).items()}
     adapter.peft_config["default"].save_pretrained(str(directory))
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
@@ -83,7 +86,7 @@ def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
         adapter = _inject(backbone, config)
     except ValueError as error:
         raise AdapterError(f"{directory / ADAPTER_CONFIG}: does not fit {backbone.options.path}: {error}") from error
-    check_tensors(get_peft_model_state_dict(adapter, save_embedding_layers=False), tensors, weights)
+    check_tensors(_tensors(adapter), tensors, weights)
     set_peft_model_state_dict(adapter, tensors)
     return adapter
 

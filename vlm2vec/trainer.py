@@ -35,7 +35,6 @@ from vlm2vec.replay import Replay, leading_frozen
 from vlm2vec.signals import StopSignal
 
 LOG, PERF, RECIPE = "log.jsonl", "perf.jsonl", "recipe.yaml"
-_logger = log.get_logger(__name__)
 
 
 def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
@@ -136,7 +135,7 @@ def _batches(recipe: Recipe, mixture: Mixture, encoder: Encoder, start: int, tot
     per_step = recipe.train.accumulate
     dataset = BatchDataset(mixture, encoder.processor, recipe.loss.explicit_negatives, dist.rank(), dist.world_size())
     indices = range(start * per_step, total * per_step)
-    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=recipe.data.workers, collate_fn=None)
+    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=recipe.data.workers)
     batches = iter(loader)
     for step in range(start, total):
         yield step, [next(batches) for _ in range(per_step)]

@@ -11,7 +11,6 @@ Each lies in the cache folder (VLM2VEC_CACHE, or ~/.cache/vlm2vec) under a name 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +22,7 @@ from filelock import FileLock
 from vlm2vec.backbones import assemble, registry
 from vlm2vec.backbones.assemble import EMOJI, GGUF, ICONS, MINILM, MOBILENET, SMOLLM2, Package
 from vlm2vec.errors import EnvError, ModelError
-from vlm2vec.io import MANIFEST, digest, publishing, sha256_file
+from vlm2vec.io import MANIFEST, cache_folder, digest, publishing, sha256_file
 
 BUILTIN: dict[str, tuple[Callable[[Path], Any], tuple[Package, ...]]] = {
     "vista-minilm": (assemble.vista_minilm, (MINILM, MOBILENET)),
@@ -51,11 +50,6 @@ def builtin_checkpoint(name: str) -> Path:
                 with publishing(folder) as staging:
                     make(staging)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where built-in models are kept."""
-    return Path(os.environ.get("VLM2VEC_CACHE") or "~/.cache/vlm2vec").expanduser()
 
 
 @contextmanager

@@ -10,7 +10,6 @@ The answers can be seen in the pictures, and the pictures of the evaluation are 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,8 +220,7 @@ def write_tiny(to: Path, sources: Sequence[str], rows: int = ROWS) -> None:
 
 def tiny_root(sources: Sequence[str], rows: int = ROWS) -> Path:
     """The training folder of `write_tiny`, made once and kept in the cache folder (VLM2VEC_CACHE, or ~/.cache/vlm2vec)."""
-    cache = Path(os.environ.get("VLM2VEC_CACHE") or "~/.cache/vlm2vec").expanduser()
-    place = cache / f"tiny-{io.digest([VERSION, list(sources), rows])[:16]}"
+    place = io.cache_folder() / f"tiny-{io.digest([VERSION, list(sources), rows])[:16]}"
     if not (place / io.MANIFEST).exists():
         with io.publishing(place) as staging:
             write_tiny(staging, sources, rows)

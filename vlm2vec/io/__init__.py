@@ -20,11 +20,12 @@ from vlm2vec.io.files import (
 )
 from vlm2vec.io.folders import MANIFEST, publishing, verify_manifest
 from vlm2vec.io.lock import run_lock
-from vlm2vec.io.paths import safe_join
+from vlm2vec.io.paths import cache_folder, safe_join
 
 __all__ = [
     "MANIFEST",
     "append_jsonl",
+    "cache_folder",
     "digest",
     "fault",
     "publishing",

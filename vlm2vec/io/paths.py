@@ -57,3 +57,8 @@ def _refused_text(relative: str) -> str:
     except UnicodeEncodeError:
         return "cannot be encoded as a file name"
     return ""
+
+
+def cache_folder() -> Path:
+    """Where what is made once and used again is kept: VLM2VEC_CACHE, or ~/.cache/vlm2vec."""
+    return Path(os.environ.get("VLM2VEC_CACHE") or "~/.cache/vlm2vec").expanduser()
