@@ -71,8 +71,9 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         (edited("temperature", "temprature"), ":14: unknown key loss.temprature; did you mean temperature?"),
         (edited("5e-5", '"fast"'), ":18: train.lr: expected number, got 'fast'"),
         (edited("5e-5", "1e"), ":18: train.lr: expected number, got '1e'"),
-        (GOOD + '  grad_cache: "False"\n', ':19: train.grad_cache: expected true/false, got string "False"'),
-        (GOOD + "  grad_cache: no\n", ':19: train.grad_cache: expected true/false, got string "no"'),
+        (GOOD + '  activation_checkpointing: "False"\n', ':19: train.activation_checkpointing: expected true/false, got string "False"'),
+        (GOOD + "  activation_checkpointing: no\n", ':19: train.activation_checkpointing: expected true/false, got string "no"'),
+        (GOOD + "  keep_tokens: -1\n", ":19: train.keep_tokens must be >= 0, got -1"),
         (edited("0.03", "0"), ":14: loss.temperature must be > 0 and finite, got 0.0"),
         (edited("0.03", "-1"), ":14: loss.temperature must be > 0 and finite, got -1.0"),
         (edited("0.03", ".nan"), ":14: loss.temperature must be > 0 and finite, got .nan"),
@@ -316,7 +317,7 @@ def test_tiny_keeps_options_and_source_names(tmp_path: Path) -> None:
     full, small = load_recipe(write(tmp_path, text)), tiny(tmp_path, text=text)
     assert (small.lora, small.loss, small.model.train) == (full.lora, full.loss, full.model.train)
     assert [(source.name, source.weight) for source in small.data.sources] == [("emoji", None), ("flags", 2.0)]
-    assert (small.train.schedule, small.train.precision, small.train.grad_cache) == (full.train.schedule, full.train.precision, True)
+    assert (small.train.schedule, small.train.precision) == (full.train.schedule, full.train.precision)
 
 
 @pytest.mark.parametrize("block", [0, 1, 2, 4, 8, 64])

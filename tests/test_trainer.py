@@ -16,11 +16,12 @@ import torch
 from tests.runs import LORA, final_bytes, start_run, tiny_recipe
 from vlm2vec import checkpoint, io
 from vlm2vec.backbones import registry
-from vlm2vec.batch import make_batch
+from vlm2vec.batch import Batch, make_batch
 from vlm2vec.config import Recipe, TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import EnvError, Interrupted, NonFiniteError, RecipeError
 from vlm2vec.losses import InfoNCE
+from vlm2vec.replay import Replay
 from vlm2vec.signals import StopSignal
 from vlm2vec.trainer import (
     LOG,
@@ -84,7 +85,7 @@ def test_cached_gradients_equal_the_plain_ones_in_float64(family: str, variant: 
         cached = gradients(changed(recipe, "train", accumulate=2))
     except RecipeError:
         pytest.skip("no such layer in this family")
-    plain = gradients(changed(recipe, "train", accumulate=2, grad_cache=False))
+    plain = gradients(changed(recipe, "train", accumulate=2, keep_tokens=10**6))
     errors = relative_errors(cached, plain)
     assert max(errors.values()) <= 1e-9, errors
     assert sum(grad.abs().sum() > 0 for grad in plain.values() if grad is not None) >= 0.9 * len(errors)
@@ -94,7 +95,7 @@ def test_cached_gradients_equal_the_plain_ones_in_float64(family: str, variant: 
 def test_chunks_do_not_change_the_gradient_without_dropout(tmp_path: Path) -> None:
     """Against one padded batch of everything, so that padding and chunking are in the comparison too."""
     recipe = tiny_recipe(tmp_path, lora=LORA.replace("0.1", "0.0"))
-    whole = gradients(changed(recipe, "train", chunk_tokens=10**6, grad_cache=False), double=False)
+    whole = gradients(changed(recipe, "train", chunk_tokens=10**6, keep_tokens=10**6), double=False)
     errors = relative_errors(gradients(changed(recipe, "train", chunk_tokens=60), double=False), whole)
     assert max(errors.values()) <= 2e-5, errors
 
@@ -119,6 +120,26 @@ def test_the_loss_is_that_of_the_pairs_as_they_were_drawn(chunk_tokens: int, tmp
     assert any(pair.negatives for pair in pairs)
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert found["positive_similarity"] == pytest.approx(stats["positive_similarity"].item(), abs=1e-5)
+
+
+def test_chunks_that_fit_are_encoded_once_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by padded tokens: of the chunks in their order, as many keep their graph as `keep_tokens` holds."""
+    recipe = tiny_recipe(tmp_path)
+    embed, tokens = Step._embed, []
+
+    def counted(self: Step, batch: Batch, chunk: list[int], replay: Replay) -> torch.Tensor:
+        tokens.append(len(chunk) * len(batch.features[chunk[0]]))
+        return embed(self, batch, chunk, replay)
+
+    monkeypatch.setattr(Step, "_embed", counted)
+    expected = gradients(recipe)
+    chunks = tokens[: len(tokens) // 2]
+    assert tokens == chunks * 2 and len(chunks) > 2
+    for keep_tokens, kept in [(chunks[0] - 1, 0), (sum(chunks[:2]), 2), (sum(chunks), len(chunks))]:
+        tokens.clear()
+        errors = relative_errors(gradients(changed(recipe, "train", keep_tokens=keep_tokens)), expected)
+        assert tokens == chunks + chunks[kept:]
+        assert max(errors.values()) <= 1e-9, errors
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:

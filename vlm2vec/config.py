@@ -201,7 +201,7 @@ def _shrink_data(data: DataConfig) -> DataConfig:
 
 
 def _shrink_train(train: TrainConfig) -> TrainConfig:
-    small = replace(train, global_batch=8, accumulate=min(train.accumulate, 2), chunk_tokens=256)
+    small = replace(train, global_batch=8, accumulate=min(train.accumulate, 2), chunk_tokens=256, keep_tokens=min(train.keep_tokens, 256))
     return replace(small, steps=6, epochs=None, warmup=min(train.warmup, 1))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -265,14 +266,11 @@ class Encoder:
 
     def _windows(self, items: Sequence[Item], chunk_tokens: int, workers: int, progress: bool) -> Iterator[Tensor]:
         """Embeddings of `items`, WINDOW at a time, so that memory does not grow with their number."""
-        was_training = self.model.training
-        self.model.eval()
         loader = DataLoader(_Featurizer(self.processor, items), batch_size=WINDOW, num_workers=workers, collate_fn=list, shuffle=False)
-        with log.progress(len(items), "encoding", "item", enabled=None if progress else False) as bar:
+        with _evaluating(self.model), log.progress(len(items), "encoding", "item", enabled=None if progress else False) as bar:
             for window in loader:
                 yield self._encode_window(window, chunk_tokens)
                 bar.update(len(window))
-        self.model.train(was_training)
 
     def _encode_window(self, window: list[Features], chunk_tokens: int) -> Tensor:
         rows = torch.empty((len(window), self.backbone.hidden_size))
@@ -280,6 +278,18 @@ class Encoder:
             batch = self.processor.collate([window[index] for index in chunk])
             rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
         return rows
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each module gets its own mode back, for a trained model mixes both."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Source: GradCache (Gao et al. 2021, arXiv 2101.06983, section 3.2). Pass 1 embeds every chunk without a graph; the objective is
 differentiated with respect to all embeddings; pass 2 embeds each chunk again with a graph and continues backward from the cached gradient.
 The result is that of the full batch, because each chunk is run under its own seed: both passes draw the same dropout masks, on the CPU and
-on the current CUDA device.
+on the current CUDA device. Chunks whose graphs fit in memory may keep them and are not embedded again.
 
 A step is a pure function of weights, chunks and seeds, and the caller's random stream is left as it was found.
 
@@ -57,32 +57,33 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def cached_backward(
-    chunks: Sequence[Any], encode: Encode, objective: Objective, seeds: Sequence[int], weight: float = 1.0, gather: Gather | None = None
+    chunks: Sequence[Any],
+    encode: Encode,
+    objective: Objective,
+    seeds: Sequence[int],
+    weight: float = 1.0,
+    gather: Gather | None = None,
+    keep: int = 0,
 ) -> StepResult:
-    """Add the gradient of `weight * objective(embeddings)` to `.grad`, holding the graph of one chunk at a time.
+    """Add the gradient of `weight * objective(embeddings)` to `.grad`.
+
+    The first `keep` chunks hold their graph from the first pass and are encoded once; all others are encoded twice, and one graph at a time
+    is held. Memory is the price of `keep`, the gradient does not depend on it.
 
     `encode(chunk)` -> (C, D) must be a pure function of chunk, weights and torch's random state; there is one seed per chunk. The objective
     gets the embeddings in chunk order. `weight` is 1/accumulate when several batches make one step.
     """
+    jobs = list(zip(chunks, seeds, strict=True))
+    kept = [_encode_seeded(encode, chunk, seed) for chunk, seed in jobs[:keep]]
     with torch.no_grad():
-        embedding_ID = torch.cat([_encode_seeded(encode, chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)])
-    result, gradient_ID = _objective_backward(embedding_ID, objective, weight, gather)
-    start = 0
-    for chunk, seed in zip(chunks, seeds, strict=True):
+        cached = [_encode_seeded(encode, chunk, seed) for chunk, seed in jobs[keep:]]
+    result, gradient_ID = _objective_backward(torch.cat([*(rows.detach() for rows in kept), *cached]), objective, weight, gather)
+    gradients = gradient_ID.split([len(rows) for rows in (*kept, *cached)])
+    if kept:
+        torch.autograd.backward(kept, gradients[: len(kept)])
+    for (chunk, seed), gradient_CD in zip(jobs[keep:], gradients[len(kept) :], strict=True):
         with seeded(seed):  # covers the backward too: activation checkpointing runs the encoder in it
-            embedding_CD = encode(chunk)
-            embedding_CD.backward(gradient_ID[start : start + len(embedding_CD)])
-        start += len(embedding_CD)
-    return result
-
-
-def plain_backward(
-    chunks: Sequence[Any], encode: Encode, objective: Objective, seeds: Sequence[int], weight: float = 1.0, gather: Gather | None = None
-) -> StepResult:
-    """The same gradient as `cached_backward` in one pass that keeps every graph: faster when memory allows, and the reference in tests."""
-    embedding_ID = torch.cat([_encode_seeded(encode, chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)])
-    result, gradient_ID = _objective_backward(embedding_ID, objective, weight, gather)
-    embedding_ID.backward(gradient_ID)
+            encode(chunk).backward(gradient_CD)
     return result
 
 
@@ -91,9 +92,8 @@ def _encode_seeded(encode: Encode, chunk: Any, seed: int) -> Tensor:
         return encode(chunk)
 
 
-def _objective_backward(embedding_ID: Tensor, objective: Objective, weight: float, gather: Gather | None) -> tuple[StepResult, Tensor]:
+def _objective_backward(local_ID: Tensor, objective: Objective, weight: float, gather: Gather | None) -> tuple[StepResult, Tensor]:
     """Differentiate the objective as far as the embeddings: its result, and the weighted gradient (I, D) of the local ones."""
-    local_ID = embedding_ID.detach()
     gathered, offset = gather(local_ID) if gather else (local_ID, 0)
     leaf = gathered.detach().requires_grad_()
     loss, stats = objective(leaf)

@@ -78,7 +78,7 @@ def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int 
                 ),
                 (
                     "chunks",
-                    f"at most {recipe.train.chunk_tokens} padded tokens each" if recipe.train.grad_cache else "none: plain backward",
+                    f"at most {recipe.train.chunk_tokens} padded tokens each; {recipe.train.keep_tokens} of a batch keep their graph",
                 ),
                 ("steps", f"{steps} = {pairs} pairs = {pairs / len(mixture):.2f} epochs of {len(mixture)}"),
             ],

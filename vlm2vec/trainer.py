@@ -13,8 +13,10 @@ import math
 import resource
 import shutil
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import EnvError, NonFiniteError, RecipeError
-from vlm2vec.gradcache import cached_backward, plain_backward
+from vlm2vec.gradcache import cached_backward
 from vlm2vec.losses import InfoNCE
 from vlm2vec.replay import Replay, leading_frozen
 from vlm2vec.signals import StopSignal
@@ -208,23 +210,23 @@ class Step:
         lengths = [len(features) for features in batch.features]
         chunks = plan_chunks(lengths, self.recipe.train.chunk_tokens)
         layout = Layout.gather(batch, chunks, self.encoder.device)
-        backward = cached_backward if self.recipe.train.grad_cache else plain_backward
+        padded = list(accumulate(len(chunk) * lengths[chunk[0]] for chunk in chunks))
         with Replay(leading_frozen(self.encoder.backbone.towers())) as replay:
-            result = backward(
+            result = cached_backward(
                 chunks,
                 encode=lambda chunk: self._embed(batch, chunk, replay),
                 objective=lambda embedding_ID: layout.contrast(self.loss, embedding_ID),
                 seeds=[step_seed(self.recipe.run.seed, step, micro, dist.rank(), index) for index in range(len(chunks))],
                 weight=1.0 / self.recipe.train.accumulate,
                 gather=dist.gather_rows,
+                keep=bisect_right(padded, self.recipe.train.keep_tokens),
             )
         if not torch.isfinite(result.loss):
             raise NonFiniteError(f"loss={result.loss.item()}")
-        padded = sum(len(chunk) * lengths[chunk[0]] for chunk in chunks)
         return {
             "loss": result.loss.item(),
             **{name: float(value) for name, value in result.stats.items()},
-            "padding_share": 1 - sum(lengths) / padded,
+            "padding_share": 1 - sum(lengths) / padded[-1],
         }
 
     def _embed(self, batch: Batch, chunk: list[int], replay: Replay) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vlm2vec.config import LossConfig
 from vlm2vec.errors import RecipeError
-from vlm2vec.losses import InfoNCE
+from vlm2vec.losses import InfoNCE, info_nce
 from vlm2vec.losses.info_nce import TEMPERATURE_RANGE
 
 MODES = list(itertools.product(["positive", "mask"], [False, True]))
@@ -113,6 +113,38 @@ def test_copies_and_order_of_targets_change_nothing(mode, symmetric, targets):
         gradients.append(items.grad)
     assert relative(losses[1], losses[0]) < 1e-14
     assert relative(gradients[1], gradients[0]) < 1e-14
+
+
+@pytest.mark.parametrize("scores", [1, 12], ids=["row by row", "two rows and a rest"])
+@pytest.mark.parametrize(("mode", "symmetric"), MODES)
+def test_tiles_change_nothing(mode, symmetric, scores, monkeypatch):
+    """Values, statistics and gradients, of the temperature too, with copies that fall into different tiles."""
+    targets = [5, 6, 7, 8, 3, 5]
+    found = []
+    for size in (info_nce.SCORES, scores):
+        monkeypatch.setattr(info_nce, "SCORES", size)
+        items = ITEMS.clone().requires_grad_()
+        loss = InfoNCE(LossConfig(temperature=0.1, learnable_temperature=True, symmetric=symmetric, duplicates=mode)).double()
+        value, stats = loss(**present(items, targets))
+        value.backward()
+        found.append((torch.stack([value.detach(), *stats.values()]), items.grad, loss.log_temperature.grad))
+    for whole, tiled in zip(*found, strict=True):
+        assert relative(tiled, whole) < 1e-13
+
+
+def test_no_more_scores_are_held_than_a_tile_has(monkeypatch):
+    """Everything that the forward pass saves for the backward pass: embeddings, and nothing of the size of all scores."""
+    monkeypatch.setattr(info_nce, "SCORES", 4 * 64)
+    query_BD, target_ND = (unit_rows(64, seed=seed).requires_grad_() for seed in (1, 2))
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        build("mask", True)(query_BD, target_ND, torch.arange(64), torch.arange(64))
+    assert 0 < max(sizes) <= query_BD.numel()
 
 
 def test_equal_copies_get_equal_parts_of_the_gradient():

@@ -20,16 +20,22 @@ distinct positives (here |P| > 1 is common: two queries with one label); the los
 
 Where copies of a target differ (dropout), each takes an equal part: its exponential and its numerator are divided by the number of copies.
 
-Shape letters: B queries, N target columns, D embedding; R anchors and K counterparts of one direction.
+The B x N matrix of scores is never held: it is computed tile by tile, and again in the backward pass.
+
+Shape letters: B queries, N target columns, D embedding; R anchors and K counterparts of one direction (P anchors that are positives); U
+groups of equal items.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm2vec.errors import RecipeError
 
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 
 # Half the smallest published temperature (0.01), and the plain cosine: a learnable temperature is projected into this range.
 TEMPERATURE_RANGE = (0.005, 1.0)
+SCORES = 2**20  # similarities held at once: 4 MiB in float32, and a few temporaries of that size
 
 
 class InfoNCE(nn.Module):
@@ -80,21 +87,39 @@ class InfoNCE(nn.Module):
         `duplicate_rate` (share of the pairs of different queries where the positive of one is related to the other).
         """
         dtype = torch.promote_types(query_BD.dtype, torch.float32)
+        query_BD, target_ND = query_BD.to(dtype), target_ND.to(dtype)
         query_group_B, query_copies_B = _groups(torch.arange(len(query_BD), device=query_BD.device) if query_id_B is None else query_id_B)
         target_group_N, target_copies_N = _groups(target_id_N)
         query_copies_B, target_copies_N = query_copies_B.to(dtype), target_copies_N.to(dtype)
-        related_BN = _related(query_group_B, target_group_N, positive_B)
+        pair_2B = torch.stack([query_group_B, target_group_N[positive_B]])
         temperature = self.temperature().to(query_BD.device, dtype)
-        with torch.autocast(query_BD.device.type, enabled=False):
-            cosine_BN = query_BD.to(dtype) @ target_ND.to(dtype).T
-        score_BN = cosine_BN / temperature
-        loss = _anchor_losses(score_BN, related_BN, target_copies_N, self.options.duplicates).mean()
+
+        def to_targets(row_R: Tensor) -> tuple[Tensor, ...]:
+            cosine_RN = _cosine(query_BD[row_R], target_ND)
+            related_RN = _related(query_group_B[row_R], target_group_N, pair_2B)
+            loss_R = _anchor_losses(cosine_RN / temperature, related_RN, target_copies_N, self.options.duplicates)
+            return loss_R, *_row_statistics(cosine_RN.detach(), related_RN, positive_B, query_copies_B[row_R], target_copies_N)
+
+        def to_queries(row_R: Tensor) -> tuple[Tensor, ...]:
+            cosine_RB = _cosine(target_ND[row_R], query_BD)
+            related_RB = _related(target_group_N[row_R], query_group_B, pair_2B.flip(0))
+            return (_anchor_losses(cosine_RB / temperature, related_RB, query_copies_B, self.options.duplicates),)
+
+        loss_B, hit_B, negative_B, negatives_B, others_B = _in_tiles(to_targets, torch.arange(len(query_BD)), len(target_ND))
+        loss = loss_B.mean()
         if self.options.symmetric:
-            positive_N = related_BN.any(0)
-            loss_R = _anchor_losses(score_BN.T[positive_N], related_BN.T[positive_N], query_copies_B, self.options.duplicates)
-            loss = (loss + _mean(loss_R, 1 / target_copies_N[positive_N])) / 2
-        stats = _statistics(cosine_BN.detach(), related_BN, positive_B, target_copies_N, query_copies_B)
-        return loss, stats | {"temperature": temperature.detach().clone()}
+            row_P = torch.isin(target_group_N, pair_2B[1]).nonzero()[:, 0]
+            (loss_P,) = _in_tiles(to_queries, row_P, len(query_BD))
+            loss = (loss + _mean(loss_P, 1 / target_copies_N[row_P])) / 2
+        with torch.no_grad():
+            count = len(query_BD)
+            return loss, {
+                "accuracy": hit_B.mean(),
+                "positive_similarity": (query_BD * target_ND[positive_B]).sum(1).mean(),
+                "negative_similarity": _mean(negative_B, negatives_B),
+                "duplicate_rate": others_B.sum() / max(1, count * (count - 1)),
+                "temperature": temperature.detach().clone(),
+            }
 
 
 def _groups(id_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,11 +128,29 @@ def _groups(id_K: Tensor) -> tuple[Tensor, Tensor]:
     return group_K, count_G[group_K]
 
 
-def _related(query_group_B: Tensor, target_group_N: Tensor, positive_B: Tensor) -> Tensor:
-    """(B, N) bool: column n holds the positive of some query that is the same item as query i."""
-    table = torch.zeros((len(query_group_B), len(target_group_N)), dtype=torch.bool, device=query_group_B.device)
-    table[query_group_B, target_group_N[positive_B]] = True
-    return table[query_group_B][:, target_group_N]
+def _in_tiles(function: Callable[[Tensor], tuple[Tensor, ...]], row_R: Tensor, width: int) -> list[Tensor]:
+    """What `function` gives for rows `row_R`, a tile of them at a time, so that SCORES scores or a single row are held at once.
+
+    More than one tile: each is computed again in the backward pass, which costs little beside the encoder.
+    """
+    tiles = row_R.split(max(1, SCORES // width))
+    run = function if len(tiles) == 1 else partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    return [torch.cat(parts) for parts in zip(*map(run, tiles), strict=True)]
+
+
+def _cosine(anchor_RD: Tensor, counterpart_KD: Tensor) -> Tensor:
+    with torch.autocast(anchor_RD.device.type, enabled=False):
+        return anchor_RD @ counterpart_KD.T
+
+
+def _related(anchor_group_R: Tensor, counterpart_group_K: Tensor, pair_2B: Tensor) -> Tensor:
+    """(R, K) bool: some pair joins the group of anchor r with the group of counterpart k."""
+    group_U, place_R = torch.unique(anchor_group_R, return_inverse=True)
+    place_B = torch.searchsorted(group_U, pair_2B[0]).clamp(max=len(group_U) - 1)
+    here_B = group_U[place_B] == pair_2B[0]
+    table = torch.zeros((len(group_U), int(counterpart_group_K.max()) + 1), dtype=torch.bool, device=group_U.device)
+    table[place_B[here_B], pair_2B[1, here_B]] = True
+    return table[place_R][:, counterpart_group_K]
 
 
 def _anchor_losses(score_RK: Tensor, related_RK: Tensor, copies_K: Tensor, duplicates: str) -> Tensor:
@@ -122,20 +165,16 @@ def _anchor_losses(score_RK: Tensor, related_RK: Tensor, copies_K: Tensor, dupli
     return ((total_RK - score_RK) * share_RK).sum(1) / share_RK.sum(1)
 
 
-def _statistics(
-    cosine_BN: Tensor, related_BN: Tensor, positive_B: Tensor, target_copies_N: Tensor, query_copies_B: Tensor
-) -> dict[str, Tensor]:
-    """The statistics that `InfoNCE.forward` documents, but for the temperature."""
-    best_positive_B = cosine_BN.masked_fill(~related_BN, -math.inf).amax(1)
-    best_negative_B = cosine_BN.masked_fill(related_BN, -math.inf).amax(1)
-    other_BB = related_BN[:, positive_B] & ~torch.eye(len(positive_B), dtype=torch.bool, device=positive_B.device)
-    count = len(positive_B)
-    return {
-        "accuracy": (best_positive_B > best_negative_B).to(cosine_BN.dtype).mean(),
-        "positive_similarity": cosine_BN.gather(1, positive_B[:, None]).mean(),
-        "negative_similarity": _mean(cosine_BN, ~related_BN / (query_copies_B[:, None] * target_copies_N)),
-        "duplicate_rate": other_BB.sum().to(cosine_BN.dtype) / max(1, count * (count - 1)),
-    }
+def _row_statistics(cosine_RN: Tensor, related_RN: Tensor, positive_B: Tensor, copies_R: Tensor, copies_N: Tensor) -> tuple[Tensor, ...]:
+    """Per query (R,): whether a related target is nearest; mean similarity of unrelated targets and the weight of that mean, each item
+    counted once; how many positives of other queries are related to it.
+    """
+    hit_R = cosine_RN.masked_fill(~related_RN, -math.inf).amax(1) > cosine_RN.masked_fill(related_RN, -math.inf).amax(1)
+    weight_RN = ~related_RN / (copies_R[:, None] * copies_N)
+    weight_R = weight_RN.sum(1)
+    mean_R = (cosine_RN * weight_RN).sum(1) / weight_R.clamp(min=torch.finfo(cosine_RN.dtype).tiny)
+    others_R = related_RN[:, positive_B].sum(1) - 1
+    return hit_R.to(cosine_RN.dtype), mean_R, weight_R, others_R.to(cosine_RN.dtype)
 
 
 def _mean(value: Tensor, weight: Tensor) -> Tensor:
