@@ -14,9 +14,10 @@ from torch.nn.functional import batch_norm, conv2d, relu6
 
 from tests.backbones.common import embed, picture
 from vlm2vec.backbones import assemble, builtin, load_backbone
-from vlm2vec.backbones.assemble import EMOJI, ICONS, MINILM, MOBILENET, Package, around_llama
+from vlm2vec.backbones.assemble import EMOJI, ICONS, LOGOS, MINILM, MOBILENET, RESVG, Package, around_llama
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.backbones.toy import byte_tokenizer, new_model
+from vlm2vec.backbones.vista import Projector
 from vlm2vec.backbones.weights import read_published_weights
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import EnvError, ModelError
@@ -77,7 +78,7 @@ def _published_mobilenet(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return _layer(weights, "features.18.0", "features.18.1", x)
 
 
-@_needs(MINILM, MOBILENET)
+@_needs(MINILM, MOBILENET, LOGOS, RESVG)
 @torch.no_grad()
 def test_the_vision_tower_is_the_published_mobilenet(minilm: Backbone) -> None:
     pixels = minilm.processor.image_inputs(picture(200, 150))["pixel_values"]
@@ -88,7 +89,7 @@ def test_the_vision_tower_is_the_published_mobilenet(minilm: Backbone) -> None:
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-@_needs(MINILM, MOBILENET)
+@_needs(MINILM, MOBILENET, LOGOS, RESVG)
 @torch.no_grad()
 def test_the_text_encoder_is_the_published_minilm(minilm: Backbone) -> None:
     folder = str(MINILM.path().parent)
@@ -101,7 +102,7 @@ def test_the_text_encoder_is_the_published_minilm(minilm: Backbone) -> None:
     assert torch.allclose(minilm.hidden(minilm.processor.collate([row])), states, atol=1e-5)
 
 
-@_needs(MINILM, MOBILENET)
+@_needs(MINILM, MOBILENET, LOGOS, RESVG)
 def test_sentences_of_one_meaning_are_near_and_pictures_make_a_difference(minilm: Backbone) -> None:
     prepare = minilm.processor.features
     rows = [prepare("a cat sits on a mat", []), prepare("a kitten rests on the rug", []), prepare("interest rates rose", [])]
@@ -112,7 +113,7 @@ def test_sentences_of_one_meaning_are_near_and_pictures_make_a_difference(minilm
     assert minilm.processor.image_tokens_estimate(100, 200) == 9
 
 
-@_needs(MINILM, MOBILENET)
+@_needs(MINILM, MOBILENET, LOGOS, RESVG)
 def test_a_model_is_made_once_and_always_alike(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made("vista-minilm")
     verify_manifest(folder)
@@ -122,6 +123,29 @@ def test_a_model_is_made_once_and_always_alike(made: Callable[[str], Path], tmp_
     again = builtin.builtin_checkpoint("vista-minilm")
     assert again != folder and again.name == folder.name
     assert sha256_file(again / "manifest.json") == sha256_file(folder / "manifest.json")
+
+
+@_needs(MINILM, MOBILENET, LOGOS, RESVG)
+def test_visual_tokens_start_in_the_range_of_words(minilm: Backbone) -> None:
+    """Over other pictures than those it was set up with: short enough for the positions to be seen, and mostly what differs."""
+    images = minilm.processor.image_processor(list(assemble.logos(1000))[1::40], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        token_KD = minilm.model.get_image_features(images).flatten(0, 1)
+    words_VD = minilm.model.get_input_embeddings().weight
+    assert float(token_KD.norm(dim=1).mean()) == pytest.approx(float(words_VD.norm(dim=1).mean()), rel=0.2)
+    assert token_KD.mean(0).norm() < 0.25 * token_KD.norm(dim=1).mean()
+
+
+def test_a_projector_is_standardized_on_what_it_will_see() -> None:
+    projector = Projector(6, 4)
+    draws = torch.Generator().manual_seed(1)
+    cells_KF = torch.rand(200, 6, generator=draws) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 7
+    words_VD = 3 * torch.randn(50, 4, generator=draws)
+    assemble.standardize(projector, cells_KF, words_VD)
+    token_KD = projector(cells_KF).detach()
+    assert torch.allclose(token_KD.mean(0), torch.zeros(4), atol=1e-5)
+    assert float(token_KD.norm(dim=1).mean()) == pytest.approx(float(words_VD.norm(dim=1).mean()), rel=1e-4)
+    assert torch.allclose(projector.linear_1(cells_KF).mean(0), torch.zeros(4), atol=1e-5)
 
 
 @_needs(ICONS, EMOJI)

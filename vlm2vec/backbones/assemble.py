@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm2vec.backbones.idefics3 import FAKE, GLOBAL, family_config, family_image_processor, family_tokenizer, sizes
 from vlm2vec.backbones.toy import new_model, write_checkpoint
-from vlm2vec.backbones.vista import IMAGE_TOKEN, TOWER, VistaConfig, image_processor
+from vlm2vec.backbones.vista import IMAGE_TOKEN, TOWER, Projector, VistaConfig, image_processor
 from vlm2vec.backbones.weights import check_sha256, read_published_weights
 from vlm2vec.errors import ModelError
 
@@ -70,6 +72,8 @@ SMOLLM2 = Package(
 )
 GGUF = Package("gguf", "gguf", "gguf_reader.py", PINNED)
 ICONS = Package("mkdocs-material", "material", "templates/.icons", DEMO)
+LOGOS = Package("mkdocs-material", "material", "templates/.icons/simple", DEMO)  # Simple Icons (CC0): in no set of the mini benchmark
+RESVG = Package("resvg-py", "resvg_py", "__init__.py", DEMO)
 EMOJI = Package("emoji", "emoji", "unicode_codes/emoji.json", DEMO)
 
 
@@ -77,7 +81,7 @@ EMOJI = Package("emoji", "emoji", "unicode_codes/emoji.json", DEMO)
 
 
 def vista_minilm(to: Path) -> None:
-    """Write the VISTA model whose two encoders are pre-trained and whose projector is random."""
+    """Write the VISTA model whose two encoders are pre-trained and whose projector is random, but for a start in the right range."""
     text = MINILM.path()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(text.parent))
     # No dropout: a short contrastive training does not overfit, and drawing the masks took a sixth of a step on a CPU.
@@ -91,8 +95,39 @@ def vista_minilm(to: Path) -> None:
     unused = ("pooler.", "embeddings.position_ids")  # we have no pooler, and the position buffer is no longer stored
     model.text_model.load_state_dict({name: tensor for name, tensor in load_file(text).items() if not name.startswith(unused)})
     model.vision_model.load_state_dict(from_torchvision(read_published_weights(MOBILENET.path(), MOBILENET.sha256)))
-    for piece in (model, tokenizer, image_processor(config.image_size)):
+    images = image_processor(config.image_size)
+    with torch.no_grad():
+        features = model.eval().vision_model(images(list(logos(512)), return_tensors="pt")["pixel_values"]).last_hidden_state
+    standardize(model.projector, features.flatten(2).transpose(1, 2).flatten(0, 1), model.get_input_embeddings().weight)
+    for piece in (model, tokenizer, images):
         piece.save_pretrained(str(to))
+
+
+def logos(count: int) -> Iterator[Image.Image]:
+    """Pictures of `count` company logos, black on white."""
+    RESVG.path()
+    import resvg_py
+
+    files = sorted(LOGOS.path().glob("*.svg"))
+    for file in files[:: len(files) // count][:count]:
+        data = resvg_py.svg_to_bytes(svg_path=str(file), width=48, height=48, background="white", skip_system_fonts=True)
+        yield Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@torch.no_grad()
+def standardize(projector: Projector, cells_KF: Tensor, words_VD: Tensor) -> None:
+    """Start `projector` from the data it will see (Krähenbühl et al. 2016, arXiv 1511.06856, section 3), here K cells of example pictures.
+
+    Each channel enters with mean 0 and variance 1, and visual tokens come out with mean 0 and the length of word embeddings. Features of
+    a rectified tower have a large common part, and it would drown both what differs between pictures and the position embeddings.
+    """
+    first, second = projector.linear_1, projector.linear_2
+    first.weight /= cells_KF.std(0) + 0.1  # channels that hardly vary stay small
+    first.bias.copy_(-first.weight @ cells_KF.mean(0))
+    second.bias.zero_()
+    token_KD = projector(cells_KF)
+    second.weight *= words_VD.norm(dim=1).mean() / (token_KD - token_KD.mean(0)).norm(dim=1).mean()
+    second.bias.copy_(-projector(cells_KF).mean(0))
 
 
 def from_torchvision(published: dict[str, Tensor]) -> dict[str, Tensor]:

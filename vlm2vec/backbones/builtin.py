@@ -20,12 +20,12 @@ from typing import Any
 from filelock import FileLock
 
 from vlm2vec.backbones import assemble, registry
-from vlm2vec.backbones.assemble import EMOJI, GGUF, ICONS, MINILM, MOBILENET, SMOLLM2, Package
+from vlm2vec.backbones.assemble import EMOJI, GGUF, ICONS, LOGOS, MINILM, MOBILENET, RESVG, SMOLLM2, Package
 from vlm2vec.errors import EnvError, ModelError
 from vlm2vec.io import MANIFEST, cache_folder, digest, publishing, sha256_file
 
 BUILTIN: dict[str, tuple[Callable[[Path], Any], tuple[Package, ...]]] = {
-    "vista-minilm": (assemble.vista_minilm, (MINILM, MOBILENET)),
+    "vista-minilm": (assemble.vista_minilm, (MINILM, MOBILENET, LOGOS, RESVG)),
     "smolvlm-scratch": (assemble.smolvlm_scratch, (ICONS, EMOJI)),
     "smolvlm-smollm2": (assemble.smolvlm_smollm2, (SMOLLM2, GGUF)),
 }
