@@ -6,7 +6,6 @@ says are errors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +110,7 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Map
     """
     check_weights(folder)
     stored = tensor_names(folder) if aliases else set()
-    used = {rf"^{re.escape(alias)}$": name for alias, name in (aliases or {}).items() if alias in stored and name not in stored}
+    used = {alias: name for alias, name in (aliases or {}).items() if alias in stored and name not in stored}
     model, report = _load(
         getattr(transformers, auto_class).from_pretrained,
         folder,
