@@ -183,11 +183,11 @@ class Phi3VModel(Phi3Model):
         """
         is_picture_CL = input_ids < 0
         words_CLD = self.embed_tokens(input_ids.clamp(min=0))
-        found = int(is_picture_CL.sum())
-        features_VD = words_CLD[:0, 0] if pixel_values is None else self.vision_embed_tokens(pixel_values, image_sizes)
-        if found != len(features_VD):
-            raise ValueError(f"{found} picture tokens, but {len(features_VD)} picture features")
-        if pixel_values is not None:
+        features_VD = None if pixel_values is None else self.vision_embed_tokens(pixel_values, image_sizes)
+        found, made = int(is_picture_CL.sum()), 0 if features_VD is None else len(features_VD)
+        if found != made:  # scattering would take too many features in silence
+            raise ValueError(f"{found} picture tokens, but {made} picture features")
+        if features_VD is not None:
             words_CLD = words_CLD.masked_scatter(is_picture_CL[..., None], features_VD.to(words_CLD.dtype))
         return super().forward(inputs_embeds=words_CLD, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
