@@ -25,23 +25,28 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def target_pattern(backbone: Backbone, parts: tuple[str, ...], targets: tuple[str, ...] | None) -> str:
-    """A full-match pattern of module names: the linear layers of `parts`, restricted to those whose last name component is in `targets`.
+def target_patterns(backbone: Backbone, parts: tuple[str, ...], targets: tuple[str, ...] | None) -> tuple[str, str | None]:
+    """Full-match patterns of module names: the linear layers of `parts`, restricted to those whose last name component is in `targets`,
+    and what the first pattern matches beyond them, None if it is nothing.
 
     Layer numbers inside a name become `\\d+`, so the saved pattern stays short; a last component that is a number stays, because its
     neighbours in a Sequential need not be linear. Raises RecipeError if nothing matches.
     """
-    linear = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear) and backbone.part_of(name) in parts]
+    every = [name for name, module in backbone.model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in every if backbone.part_of(name) in parts]
     chosen = [name for name in linear if targets is None or name.rpartition(".")[2] in targets]
     if not chosen:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "no linear layer"
         raise RecipeError(f"lora.targets: no module matches {list(targets or ())} in {list(parts)}; this backbone has: {known}")
     shapes = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in chosen}
-    return "|".join(sorted(shapes))
+    pattern = "|".join(sorted(shapes))
+    beyond = [re.escape(name) for name in every if re.fullmatch(pattern, name) and name not in chosen]
+    return pattern, "|".join(beyond) or None
 
 
 def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
     """Inject fresh adapters into `backbone.model`, in place; the new tensors are its only trainable ones and change nothing yet."""
+    pattern, beyond = target_patterns(backbone, options.parts, options.targets)
     config = PeftLoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number
@@ -49,7 +54,8 @@ def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
         use_dora=options.dora,
         use_rslora=options.rslora,
         init_lora_weights="gaussian" if options.init == "gaussian" else True,
-        target_modules=target_pattern(backbone, options.parts, options.targets),
+        target_modules=pattern,
+        exclude_modules=beyond,
         revision=backbone.options.revision,
     )
     return _inject(backbone, config)

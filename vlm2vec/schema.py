@@ -59,6 +59,7 @@ class ModelConfig:
     max_tokens: int = _key("text tokens kept per item; image tokens are never cut and never counted", 512, ">= 1")
     min_pixels: int | None = _key("smallest picture area, for families that resize; null means the family's own", None, ">= 1")
     max_pixels: int | None = _key("largest picture area, for families that resize; null means the family's own", None, ">= 1")
+    num_crops: int | None = _key("most crops of a picture, for families that cut; null means the checkpoint's own", None, ">= 1")
     train: tuple[Part, ...] = _key("parts whose own weights are trained in full", ())
 
     def rules(self) -> Iterator[Violation]:

@@ -77,7 +77,7 @@ def test_a_cut_text_loses_no_picture_and_keeps_its_last_newline(tiny: Tiny, mode
     whole = processor.features(prompt, [image])
     rest = len(processor.wrap([])) + processor.image_tokens_estimate(*image.size)
     text = len(whole) - rest
-    newline = processor.features("\n", []).input_ids[len(processor.prefix)]
+    newline = processor.features("\n", []).input_ids[-1 - len(processor.suffix)]
     cuts = []
     for limit in range(1, text + 2):
         processor.options = replace(processor.options, max_tokens=limit)

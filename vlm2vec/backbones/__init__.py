@@ -38,10 +38,13 @@ def resolve(options: ModelConfig) -> Path:
 
 def load_backbone(options: ModelConfig) -> Backbone:
     """The model of a recipe with its processor, on the CPU. Raises ModelError naming the file and what is wrong with it."""
-    from vlm2vec.backbones.loading import read_config
+    from vlm2vec.backbones.loading import read_config, refuse_code
 
     folder = resolve(options)
-    stated = read_config(folder, options).get("model_type")
+    stated = read_config(folder).get("model_type")
+    family = registry().get(stated or options.family or "")
+    if not options.trust_remote_code and not (family and family.ignores_shipped_code):
+        refuse_code(folder)
     if stated and options.family and stated != options.family:
         raise ModelError(f"{folder / 'config.json'}: model_type is {stated!r} but model.family says {options.family!r}; correct that")
     model_type = stated or options.family

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
 from vlm2vec.collate import Features, pad_tokens
@@ -49,16 +50,18 @@ class Processor(ABC):
     inserted by id. A text over its limit loses tokens from its end, a picture never does.
     """
 
+    # What reads the files of a folder; the automatic classes follow what the files say.
+    tokenizer_class: ClassVar[Any] = AutoTokenizer
+    image_processor_class: ClassVar[Any] = AutoImageProcessor
+
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.options = options
         self.assets = assets or {}
         self.image_token_id: int = config.image_token_id
-        self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
-        if self.image_token is None:
-            raise ModelError(f"tokenizer has no token {self.image_token_id}, which stands for a picture; it does not belong to this model")
         self.limit_pixels(options.min_pixels, options.max_pixels)
+        self.limit_crops(options.num_crops)
         self._protect(self.control_tokens())
         self.prefix, self.suffix = self._frame()
         self._warned = False
@@ -67,7 +70,8 @@ class Processor(ABC):
     def load(cls: type[AnyProcessor], folder: Path, options: ModelConfig, config: Any) -> AnyProcessor:
         """Read the tokenizer and image processor in `folder`; `config` is the model's. Raises ModelError on a file that cannot be used."""
         assets = {name: (folder / name).read_text(encoding="utf-8") for name in ASSETS if (folder / name).is_file()}
-        return cls(load_tokenizer(folder, options), load_image_processor(folder, options), options, config, assets)
+        tokenizer = load_tokenizer(folder, options, cls.tokenizer_class)
+        return cls(tokenizer, load_image_processor(folder, options, cls.image_processor_class), options, config, assets)
 
     # -- what a family says ----------------------------------------------------------------------------------------------------------------
 
@@ -95,6 +99,11 @@ class Processor(ABC):
         """Tell the image processor the picture area that the recipe asks for. Raises RecipeError where the family cannot follow."""
         if smallest or largest:
             raise RecipeError(f"model.{'min' if smallest else 'max'}_pixels: this model has one fixed picture size; leave it null")
+
+    def limit_crops(self, crops: int | None) -> None:
+        """Tell the image processor how many crops the recipe allows a picture. Raises RecipeError where the family cannot follow."""
+        if crops:
+            raise RecipeError("model.num_crops: this model does not cut pictures into a chosen number of crops; leave it null")
 
     def text_budget(self, image_tokens: int) -> int:
         """How many text tokens fit beside `image_tokens` image tokens."""
@@ -139,6 +148,14 @@ class Processor(ABC):
         return 0
 
     @cached_property
+    def image_token(self) -> str:
+        """The token whose id stands for a picture."""
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if token is None:
+            raise ModelError(f"tokenizer has no token {self.image_token_id}, which stands for a picture; it does not belong to this model")
+        return token
+
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of all that the output of `features` depends on beside its arguments."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -147,7 +164,7 @@ class Processor(ABC):
             "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "image_token_id": self.image_token_id,
-            "options": [self.options.max_tokens, self.options.min_pixels, self.options.max_pixels],
+            "options": [self.options.max_tokens, self.options.min_pixels, self.options.max_pixels, self.options.num_crops],
             "backend": ["pil", version("pillow"), version("transformers"), version("tokenizers")],
         }
         return digest(parts)
@@ -167,8 +184,10 @@ class Processor(ABC):
 
     def _protect(self, tokens: Sequence[str]) -> None:
         """Mark `tokens` special: `split_special_tokens` still matches added tokens that are not, as `<row_1_col_1>` may be."""
-        plain = [token for token in tokens if token not in self.tokenizer.all_special_tokens]
-        self.tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in plain], special_tokens=True)
+        added = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
+        plain = [added.get(token, AddedToken(token)) for token in tokens if token not in added or not added[token].special]
+        marked = [AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True) for token in plain]
+        self.tokenizer.add_tokens(marked, special_tokens=True)
 
     def _frame(self) -> tuple[list[int], list[int]]:
         plain, framed = self._encode("a"), self.tokenizer("a", split_special_tokens=True)["input_ids"]
@@ -199,7 +218,7 @@ class Processor(ABC):
         tail: list[int] = []
         if isinstance(ending := pieces[last], str):
             body = ending.rstrip("\n")
-            texts[last], tail = self._encode(body), self._encode(ending[len(body) :])[:budget]
+            texts[last], tail = self._encode(body), self._encode_newlines(len(ending) - len(body))[:budget]
         room = budget - len(tail)
         for place, ids in texts.items():
             texts[place] = ids[:room]
@@ -207,6 +226,10 @@ class Processor(ABC):
         if tail:
             texts[last] += tail
         return texts, total - sum(map(len, texts.values()))
+
+    def _encode_newlines(self, count: int) -> list[int]:
+        """Ids of newlines at the end of a text; by themselves they would get the space that some tokenizers put in front of every text."""
+        return self._encode("a" + "\n" * count)[len(self._encode("a")) :]
 
     def _warn(self, total: int, budget: int) -> None:
         if total > MUCH_TOO_LONG * budget and not self._warned:
@@ -225,6 +248,8 @@ class Backbone(nn.Module, ABC):
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     # Name component -> part; the first entry that occurs in a dotted name decides, so put what lies inside another first.
     parts: dict[str, Part] = {}
+    aliases: ClassVar[dict[str, str]] = {}  # other names of tensors, read where a checkpoint lacks their own
+    ignores_shipped_code: ClassVar[bool] = False  # whether folders of this family may bring code, none of which is ever run
     tower_names: tuple[str, ...] = ()  # dotted paths in `model`, in the order in which pixels pass through them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -240,7 +265,7 @@ class Backbone(nn.Module, ABC):
     @classmethod
     def load(cls, path: Path, options: ModelConfig) -> Backbone:
         """Read a checkpoint folder strictly. Raises ModelError on a missing, unexpected or damaged tensor or file."""
-        model = load_model(cls.auto_class, path, options)
+        model = load_model(cls.auto_class, path, options, cls.aliases)
         return cls(model, cls.processor_class.load(path, options, model.config), options)
 
     @classmethod

@@ -6,7 +6,7 @@ says are errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from vlm2vec.backbones.weights import check_text, check_weights
+from vlm2vec.backbones.weights import check_text, check_weights, tensor_names
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ModelError
 from vlm2vec.io import read_json
@@ -61,8 +61,8 @@ def _words(error: Exception) -> str:
     return " ".join((getattr(error, "server_message", None) or str(error)).split())[:300]
 
 
-def read_config(folder: Path, options: ModelConfig) -> dict[str, Any]:
-    """config.json of `folder`, after refusing shipped code while `trust_remote_code` is off."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of `folder`, once its text files are known to be what their names say."""
     if not (folder / CONFIG).is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
         what = "it is a LoRA adapter, give its base model as path" if is_adapter else "it is no model folder"
@@ -70,9 +70,6 @@ def read_config(folder: Path, options: ModelConfig) -> dict[str, Any]:
     for file in sorted(folder.iterdir()):
         if file.suffix in TEXT_SUFFIXES:
             check_text(file)
-    for name in JSON_FILES:
-        if (folder / name).is_file():
-            _refuse_code(folder / name, options)
     return _json_object(folder / CONFIG)
 
 
@@ -83,13 +80,15 @@ def _json_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_code(file: Path, options: ModelConfig) -> None:
-    modules = sorted({f"{name.rpartition('.')[0].rpartition('--')[2]}.py" for name in _code_names(_json_object(file))})
-    if modules and not options.trust_remote_code:
-        raise ModelError(
-            f"{file}: repo ships code ({', '.join(modules)}); refused. "
-            "If you have read it, set model.trust_remote_code: true and model.revision to the commit you read"
-        )
+def refuse_code(folder: Path) -> None:
+    """Raise ModelError if a file of `folder` asks for code that ships with it."""
+    for file in (folder / name for name in JSON_FILES if (folder / name).is_file()):
+        modules = sorted({f"{name.rpartition('.')[0].rpartition('--')[2]}.py" for name in _code_names(_json_object(file))})
+        if modules:
+            raise ModelError(
+                f"{file}: repo ships code ({', '.join(modules)}); refused. "
+                "If you have read it, set model.trust_remote_code: true and model.revision to the commit you read"
+            )
 
 
 def _code_names(settings: Any, mapped: bool = False) -> Iterator[str]:
@@ -104,9 +103,14 @@ def _code_names(settings: Any, mapped: bool = False) -> Iterator[str]:
             yield from _code_names(value, mapped or key == "auto_map")
 
 
-def load_model(auto_class: str, folder: Path, options: ModelConfig) -> Any:
-    """The transformers model in `folder`, every tensor accounted for. Raises ModelError otherwise."""
+def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Mapping[str, str] | None = None) -> Any:
+    """The transformers model in `folder`, every tensor accounted for. Raises ModelError otherwise.
+
+    `aliases` maps names under which a tensor may be stored instead of its own; they are read where the own one is absent.
+    """
     check_weights(folder)
+    stored = tensor_names(folder) if aliases else set()
+    used = {alias: name for alias, name in (aliases or {}).items() if alias in stored and name not in stored}
     model, report = _load(
         getattr(transformers, auto_class).from_pretrained,
         folder,
@@ -114,6 +118,7 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig) -> Any:
         dtype=getattr(torch, options.dtype),
         attn_implementation=options.attention,
         use_safetensors=True,
+        key_mapping=used or None,
         ignore_mismatched_sizes=True,  # reported below, where both shapes can be named
         output_loading_info=True,
     )
@@ -132,14 +137,14 @@ def _tensor(entry: str | tuple[str, Any, Any]) -> str:
     return entry if isinstance(entry, str) else f"{entry[0]} with shape {tuple(entry[1])}, the model needs {tuple(entry[2])}"
 
 
-def load_tokenizer(folder: Path, options: ModelConfig) -> Any:
-    """The tokenizer in `folder`."""
-    return _load(transformers.AutoTokenizer.from_pretrained, folder, options)
+def load_tokenizer(folder: Path, options: ModelConfig, reader: Any) -> Any:
+    """The tokenizer in `folder`, read by the class `reader`."""
+    return _load(reader.from_pretrained, folder, options)
 
 
-def load_image_processor(folder: Path, options: ModelConfig) -> Any:
+def load_image_processor(folder: Path, options: ModelConfig, reader: Any) -> Any:
     """The image processor in `folder`, always the PIL one, so that pixels do not depend on whether torchvision is there."""
-    return _load(transformers.AutoImageProcessor.from_pretrained, folder, options, backend="pil")
+    return _load(reader.from_pretrained, folder, options, backend="pil")
 
 
 @contextmanager

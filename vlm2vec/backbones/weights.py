@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from vlm2vec.errors import ModelError
@@ -34,6 +35,14 @@ def check_weights(folder: Path) -> None:
         check_safetensors(folder / WEIGHTS)
     else:
         raise ModelError(f"{folder}: no {WEIGHTS}{_pickles(folder)}")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in the safetensors of `folder`, which `check_weights` has passed."""
+    if (folder / INDEX).is_file():
+        return set(read_json(folder / INDEX)["weight_map"])
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return set(file.keys())
 
 
 def check_safetensors(file: Path) -> None:
