@@ -49,6 +49,8 @@ class Processor(ABC):
     inserted by id. A text over its limit loses tokens from its end, a picture never does.
     """
 
+    flat_positions: ClassVar[bool] = False  # whether `positions: flat` differs from the family's own and is followed
+
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -58,6 +60,8 @@ class Processor(ABC):
         self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
         if self.image_token is None:
             raise ModelError(f"tokenizer has no token {self.image_token_id}, which stands for a picture; it does not belong to this model")
+        if options.positions == "flat" and not self.flat_positions:
+            raise RecipeError("model.positions: flat is only for models that lay pictures out in two dimensions; leave it native")
         self.limit_pixels(options.min_pixels, options.max_pixels)
         self._protect(self.control_tokens())
         self.prefix, self.suffix = self._frame()
@@ -147,7 +151,7 @@ class Processor(ABC):
             "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "image_token_id": self.image_token_id,
-            "options": [self.options.max_tokens, self.options.min_pixels, self.options.max_pixels],
+            "options": [self.options.max_tokens, self.options.min_pixels, self.options.max_pixels, self.options.positions],
             "backend": ["pil", version("pillow"), version("transformers"), version("tokenizers")],
         }
         return digest(parts)
