@@ -12,7 +12,7 @@ from PIL import Image
 from vlm2vec import Encoder
 from vlm2vec.backbones import registry
 from vlm2vec.config import LoraConfig, ModelConfig
-from vlm2vec.errors import AdapterError, InputError, ModelError
+from vlm2vec.errors import InputError, ModelError
 
 FAMILIES = sorted(registry())
 
@@ -165,5 +165,5 @@ def test_a_folder_of_a_newer_format_or_an_adapter_without_its_part_is_refused(tm
         Encoder.from_pretrained(tmp_path)
     settings.unlink()
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+    with pytest.raises(ModelError, match="adapter_model.safetensors: not found, and no adapter_model.bin"):
         Encoder.from_pretrained(tmp_path)
