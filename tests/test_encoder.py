@@ -146,13 +146,14 @@ def test_the_fingerprint_changes_with_all_that_changes_an_embedding() -> None:
         fingerprint(max_tokens=7),
         fingerprint(dtype="bfloat16"),
         fingerprint(max_pixels=3136 * 4),
+        fingerprint(positions="flat"),
     }
-    assert len(seen) == 5
+    assert len(seen) == 6
     one_weight = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
     next(one_weight.model.parameters()).data.view(-1)[0] += 1
     autocast = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
     autocast.precision = "bf16"
-    assert len(seen | {one_weight.fingerprint(), autocast.fingerprint()}) == 7
+    assert len(seen | {one_weight.fingerprint(), autocast.fingerprint()}) == 8
     assert fingerprint() in seen
 
 

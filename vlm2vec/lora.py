@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
         settings, first = directory / ADAPTER_CONFIG, min(published, default="")
         raise AdapterError(f"{settings}: does not fit {backbone.options.path}, so tensor {first} has no place: {error}") from error
     expected = _tensors(adapter)
-    names = _current_names(published, expected, backbone, file)
+    names = _current_names(published, backbone, file)
     check_tensors(expected, {names[name]: tensor for name, tensor in published.items()}, file, {now: name for name, now in names.items()})
     with torch.no_grad():
         for name, now in names.items():
@@ -110,10 +110,10 @@ def _adapter_config(directory: Path) -> PeftConfig:
         raise AdapterError(f"{file}: not the settings of a LoRA adapter ({error})") from error
 
 
-def _current_names(published: Iterable[str], expected: Collection[str], backbone: Backbone, file: Path) -> dict[str, str]:
-    """For each name in an adapter file the name here. A name that is right already stays, whatever the renaming rules make of it."""
+def _current_names(published: Iterable[str], backbone: Backbone, file: Path) -> dict[str, str]:
+    """For each name in an adapter file the name here. Raises AdapterError if two of them are the same tensor."""
     rename = renaming(backbone.model)
-    names = {name: name if name in expected else PREFIX + rename(name.removeprefix(PREFIX)) for name in published}
+    names = {name: PREFIX + rename(name.removeprefix(PREFIX)) for name in published}
     for name, count in Counter(names.values()).items():
         if count > 1:
             raise AdapterError(f"{file}: tensor {name} is there {count} times, under an old name and a new one")
