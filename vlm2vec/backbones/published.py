@@ -98,7 +98,7 @@ def page() -> str:
 
 def _section(name: str, entry: Checkpoint) -> str:
     made = f"LoRA adapter on {entry.base}" if entry.layout == "adapter" else f"whole weights, made from {entry.base}"
-    checked = f"the outputs in `{entry.oracle}`" if entry.oracle else "nothing; the settings were read in its published code or a copy of it"
+    checked = f"the outputs in `{entry.oracle}`" if entry.oracle else "nothing; settings read in its published code or a copy of it"
     lines = [
         f"## {name}\n",
         f"- {made}; model type `{entry.family}`; embeddings of {entry.width} numbers",
