@@ -165,6 +165,15 @@ def test_a_base_that_is_not_the_adapters_is_refused(base: str, words: str, adapt
         Encoder.from_pretrained(base, adapter=adapter, device="cpu")
 
 
+def test_a_whole_model_in_the_old_layout_must_be_complete(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(BASE, tmp_path / "model", ignore=shutil.ignore_patterns("expected*", "adapter*")))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_projection.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 missing tensor, first model.language_model.layers.1.mlp.up_proj.weight"):
+        Encoder.from_pretrained(folder, **FLAT)
+
+
 def test_an_adapter_that_does_nothing_is_refused_unless_it_is_ours(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
     change(adapter, lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if "lora_B" in name])
     with pytest.raises(AdapterError, match="every lora_B is zero, so the embeddings are those of the base model; the adapter is damaged"):
