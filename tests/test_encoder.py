@@ -12,7 +12,7 @@ from PIL import Image
 from vlm2vec import Encoder
 from vlm2vec.backbones import registry
 from vlm2vec.config import LoraConfig, ModelConfig
-from vlm2vec.errors import AdapterError, InputError, ModelError
+from vlm2vec.errors import InputError, ModelError
 
 FAMILIES = sorted(registry())
 
@@ -146,13 +146,14 @@ def test_the_fingerprint_changes_with_all_that_changes_an_embedding() -> None:
         fingerprint(max_tokens=7),
         fingerprint(dtype="bfloat16"),
         fingerprint(max_pixels=3136 * 4),
+        fingerprint(positions="flat"),
     }
-    assert len(seen) == 5
+    assert len(seen) == 6
     one_weight = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
     next(one_weight.model.parameters()).data.view(-1)[0] += 1
     autocast = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
     autocast.precision = "bf16"
-    assert len(seen | {one_weight.fingerprint(), autocast.fingerprint()}) == 7
+    assert len(seen | {one_weight.fingerprint(), autocast.fingerprint()}) == 8
     assert fingerprint() in seen
 
 
@@ -165,5 +166,5 @@ def test_a_folder_of_a_newer_format_or_an_adapter_without_its_part_is_refused(tm
         Encoder.from_pretrained(tmp_path)
     settings.unlink()
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match="adapter_model.safetensors"):
+    with pytest.raises(ModelError, match="adapter_model.safetensors: not found, and no adapter_model.bin"):
         Encoder.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from vlm2vec.backbones import load_backbone, registry
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.config import LoraConfig, ModelConfig
-from vlm2vec.errors import AdapterError, RecipeError
+from vlm2vec.errors import AdapterError, ModelError, RecipeError
 from vlm2vec.lora import ADAPTER_WEIGHTS, add_lora, load_adapter, save_adapter
 
 FAMILY = "qwen2_vl"
@@ -94,7 +95,12 @@ def test_peft_itself_reads_what_we_save(tmp_path: Path) -> None:
 
 def rename(tensors: dict[str, Tensor]) -> None:
     first = sorted(tensors)[0]
-    tensors[first.replace("language_model.", "")] = tensors.pop(first)
+    tensors[first.replace("language_model", "text_model")] = tensors.pop(first)
+
+
+def repeat(tensors: dict[str, Tensor]) -> None:
+    first = sorted(tensors)[0]
+    tensors[first.replace("language_model.", "")] = tensors[first].clone()
 
 
 def drop(tensors: dict[str, Tensor]) -> None:
@@ -120,7 +126,8 @@ def poison(tensors: dict[str, Tensor]) -> None:
         (rename, "is missing"),
         (drop, "is missing"),
         (add, "extra.lora_A.weight is unexpected"),
-        (reshape, "has shape"),
+        (repeat, "is there 2 times, under an old name and a new one"),
+        (reshape, r"down_proj.lora_A.weight has shape \(3, 3\), the model needs \(2, 64\)"),
         (poison, "1 non-finite"),
     ],
 )
@@ -135,7 +142,9 @@ def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor(harm:
 
 def test_an_adapter_of_another_family_is_refused(tmp_path: Path) -> None:
     save_adapter(add_lora(backbone(), LoraConfig(rank=2)), tmp_path)
-    with pytest.raises(AdapterError):
+    with pytest.raises(
+        AdapterError, match=r"tensor base_model.model.model.language_model.layers.0.mlp.down_proj.lora_A.weight has no place"
+    ):
         load_adapter(backbone("smolvlm"), tmp_path)
 
 
@@ -143,5 +152,16 @@ def test_a_truncated_adapter_file_is_named(tmp_path: Path) -> None:
     save_adapter(add_lora(backbone(), LoraConfig(rank=2)), tmp_path)
     file = tmp_path / ADAPTER_WEIGHTS
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(AdapterError, match=ADAPTER_WEIGHTS):
+    with pytest.raises(ModelError, match=f"{ADAPTER_WEIGHTS}: the safetensors header is damaged or cut off"):
+        load_adapter(backbone(), tmp_path)
+
+
+def test_an_adapter_that_is_no_lora_is_refused(tmp_path: Path) -> None:
+    save_adapter(add_lora(backbone(), LoraConfig(rank=2)), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "IA3"}))
+    with pytest.raises(AdapterError, match="peft_type is 'IA3'; only LORA"):
+        load_adapter(backbone(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True, "r": "four"}))
+    with pytest.raises(AdapterError, match="adapter_config.json"):
         load_adapter(backbone(), tmp_path)

@@ -6,7 +6,7 @@ Shape letters: N items, C items in a chunk, L tokens, D embedding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,21 +20,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm2vec import log, prompts
-from vlm2vec.backbones import load_backbone, resolve
+from vlm2vec.backbones import load_backbone, published, resolve
 from vlm2vec.backbones.base import Backbone, Processor
 from vlm2vec.batch import featurize
 from vlm2vec.collate import Features, plan_chunks
 from vlm2vec.config import LoraConfig, ModelConfig
 from vlm2vec.data.types import ImageRef, Item
-from vlm2vec.errors import InputError, ModelError
+from vlm2vec.errors import AdapterError, InputError, ModelError
 from vlm2vec.io import digest, read_json, write_json
-from vlm2vec.lora import ADAPTER_CONFIG, add_lora, check_tensors, load_adapter, save_adapter
+from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, check_tensors, load_adapter, save_adapter
 from vlm2vec.pooling import normalize, pool
 
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
-SAVED_OPTIONS = ("pooling", "padding_side", "max_tokens", "min_pixels", "max_pixels", "num_crops")
+SAVED_OPTIONS = ("pooling", "padding_side", "positions", "max_tokens", "min_pixels", "max_pixels", "num_crops")
 WINDOW = 1024  # items whose features are held at once while encoding
+
+logger = log.get_logger(__name__)
 
 ItemLike = str | Image.Image | dict[str, Any] | Item
 
@@ -119,19 +121,21 @@ class Encoder:
         device: str | torch.device | None = None,
         **options: Any,
     ) -> Encoder:
-        """Load what `save_pretrained` or a run wrote, a plain Hugging Face model, or an adapter folder (its base is found from its config).
+        """Load what `save_pretrained` or a run wrote, a plain Hugging Face model, or an adapter whose base is found from its settings.
 
-        `path` is a folder, a Hub id or `builtin/<name>`; `options` are keys of the recipe's `model` section and win over what was saved.
+        `path` and `adapter` are a folder, a Hub id or `builtin/<name>`. With `adapter`, `path` is its base, whatever its own files name.
+        `options` are keys of the recipe's `model` section; they win over what was saved, and that over the table of known checkpoints.
         Raises ModelError or AdapterError if anything is missing, unexpected or damaged.
         """
         folder = resolve(ModelConfig(path=str(path), revision=revision))
         if adapter is None and (folder / ADAPTER_CONFIG).exists():
-            saved = _settings(folder)
-            base = saved.get("base") or _published_base(folder)
+            saved = _settings(folder, path)
+            base = saved.get("base") or _named_base(folder)
             encoder = cls._load(base["path"], base["revision"], folder, saved, options)
         else:
             adapter_folder = resolve(ModelConfig(path=str(adapter))) if adapter is not None else None
-            encoder = cls._load(str(path), revision, adapter_folder, _settings(adapter_folder or folder), options)
+            saved = _settings(adapter_folder, str(adapter)) if adapter_folder else _settings(folder, path)
+            encoder = cls._load(str(path), revision, adapter_folder, saved, options)
         encoder.source = str(path)
         encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         encoder.backbone.model.eval()
@@ -141,11 +145,31 @@ class Encoder:
     def _load(cls, path: str, revision: str | None, adapter: Path | None, saved: dict[str, Any], options: dict[str, Any]) -> Encoder:
         backbone = load_backbone(ModelConfig(**{**saved.get("model", {}), **options, "path": path, "revision": revision}))
         encoder = cls(backbone, load_adapter(backbone, adapter) if adapter else None)
+        if adapter:
+            encoder._check_adapter(adapter, stated={**saved.get("model", {}), **options})
         if adapter and (adapter / TRAINED_PARTS).exists():
             encoder._load_parts(adapter / TRAINED_PARTS)
         encoder.query_instruction = saved.get("query_instruction", "")
         encoder.target_instruction = saved.get("target_instruction", "")
         return encoder
+
+    def _check_adapter(self, folder: Path, stated: Collection[str]) -> None:
+        """Say what an adapter that fits may still hide: that it does nothing, or was trained with other token positions.
+
+        One of ours may do nothing yet, early in a run's warm-up; one that others published and that does nothing is not what they trained.
+        """
+        ours = (folder / SETTINGS).exists()
+        if self.adapter is not None and changes_nothing(self.adapter):
+            said = f"{folder}: every lora_B is zero, so the embeddings are those of the base model"
+            if not ours:
+                raise AdapterError(f"{said}; the adapter is damaged or was never trained: download or copy it again")
+            logger.warning(said)
+        if self.processor.flat_positions and not ours and "positions" not in stated:
+            logger.warning(
+                "%s: nothing says which token positions it was trained with; the family's own are used. "
+                "VLM2Vec's published code trained with positions='flat'; give `positions` to choose",
+                folder,
+            )
 
     def save_pretrained(self, directory: str | Path, **extra: Any) -> None:
         """Write a folder that `from_pretrained` reads: a PEFT adapter (with the parts trained in full beside it), or else the whole model.
@@ -292,18 +316,18 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """What `save_pretrained` stored beside the weights; empty for a model that others made."""
+def _settings(folder: Path, called: str | Path) -> dict[str, Any]:
+    """What `save_pretrained` stored beside the weights, or what is known about the published model that `called` names; else empty."""
     file = folder / SETTINGS
     if not file.exists():
-        return {}
+        return published.settings(str(called))
     settings = read_json(file)
     if settings.get("format") != 1:
         raise ModelError(f"{file}: written in format {settings.get('format')}; this version reads format 1, upgrade vlm2vec")
     return settings
 
 
-def _published_base(folder: Path) -> dict[str, Any]:
+def _named_base(folder: Path) -> dict[str, Any]:
     """Base model named in a PEFT adapter that others made."""
     config = read_json(folder / ADAPTER_CONFIG)
     if not config.get("base_model_name_or_path"):

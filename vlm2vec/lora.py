@@ -8,21 +8,25 @@ base model.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm2vec.backbones.base import Backbone
+from vlm2vec.backbones.layouts import renaming
+from vlm2vec.backbones.weights import ADAPTER_WEIGHTS, read_adapter
 from vlm2vec.config import LoraConfig
 from vlm2vec.errors import AdapterError, RecipeError
+from vlm2vec.io import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts in front of the names of its base model
 
 
 def target_patterns(backbone: Backbone, parts: tuple[str, ...], targets: tuple[str, ...] | None) -> tuple[str, str | None]:
@@ -81,31 +85,65 @@ def save_adapter(adapter: PeftModel, directory: Path) -> None:
 
 
 def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
-    """Inject the adapter saved in `directory`. AdapterError names a tensor that is missing, unexpected, misshapen or not finite."""
-    weights = directory / ADAPTER_WEIGHTS
+    """Inject the adapter in `directory`, written here or by PEFT; tensors in the names of older versions of transformers are renamed.
+
+    AdapterError names a tensor that is missing, unexpected, misshapen or not finite; ModelError a file that cannot be read.
+    """
+    file, published = read_adapter(directory)
     try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{weights}: not a readable safetensors file ({error}); copy or train the adapter again") from error
-    config = PeftConfig.from_pretrained(str(directory))
-    try:
-        adapter = _inject(backbone, config)
-    except ValueError as error:
-        raise AdapterError(f"{directory / ADAPTER_CONFIG}: does not fit {backbone.options.path}: {error}") from error
-    check_tensors(_tensors(adapter), tensors, weights)
-    set_peft_model_state_dict(adapter, tensors)
+        adapter = _inject(backbone, _adapter_config(directory))
+    except (ValueError, TypeError) as error:
+        settings, first = directory / ADAPTER_CONFIG, min(published, default="")
+        raise AdapterError(f"{settings}: does not fit {backbone.options.path}, so tensor {first} has no place: {error}") from error
+    expected = _tensors(adapter)
+    names = _current_names(published, backbone, file)
+    check_tensors(expected, {names[name]: tensor for name, tensor in published.items()}, file, {now: name for name, now in names.items()})
+    with torch.no_grad():
+        for name, now in names.items():
+            expected[now].copy_(published[name])  # a state dict shares memory with its model; PEFT's own setter drops what it cannot place
     return adapter
 
 
-def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path) -> None:
-    """Raise AdapterError unless `found` has exactly the names and shapes of `expected` and is finite throughout."""
+def _adapter_config(directory: Path) -> PeftConfig:
+    """The settings of an adapter. Raises AdapterError if they are not those of a LoRA."""
+    file = directory / ADAPTER_CONFIG
+    kind = read_json(file).get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{file}: peft_type is {kind!r}; only LORA adapters (with DoRA or rsLoRA) can be loaded")
+    try:
+        return PeftConfig.from_pretrained(str(directory))
+    except (TypeError, ValueError, KeyError) as error:
+        raise AdapterError(f"{file}: not the settings of a LoRA adapter ({error})") from error
+
+
+def _current_names(published: Iterable[str], backbone: Backbone, file: Path) -> dict[str, str]:
+    """For each name in an adapter file the name here. Raises AdapterError if two of them are the same tensor."""
+    rename = renaming(backbone.model)
+    names = {name: PREFIX + rename(name.removeprefix(PREFIX)) for name in published}
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            raise AdapterError(f"{file}: tensor {name} is there {count} times, under an old name and a new one")
+    return names
+
+
+def changes_nothing(adapter: PeftModel) -> bool:
+    """Whether the model with this adapter is its base model, because every second low-rank factor is zero."""
+    return not any(bool(tensor.any()) for name, tensor in _tensors(adapter).items() if "lora_B" in name)
+
+
+def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, called: Mapping[str, str] | None = None) -> None:
+    """Raise AdapterError unless `found` has exactly the names and shapes of `expected` and is finite throughout.
+
+    `called` gives the names of found tensors as the file has them, where they differ.
+    """
     for name in sorted(expected.keys() - found.keys()):
         raise AdapterError(f"{file}: tensor {name} is missing; the adapter was made for another model or its keys were renamed")
-    for name in sorted(found.keys() - expected.keys()):
-        raise AdapterError(f"{file}: tensor {name} is unexpected; the adapter was made for another model or its keys were renamed")
     for name, tensor in sorted(found.items()):
+        label = f"{file}: tensor {(called or {}).get(name, name)}"
+        if name not in expected:
+            raise AdapterError(f"{label} is unexpected; the adapter was made for another model or its keys were renamed")
         if tensor.shape != expected[name].shape:
-            raise AdapterError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}")
+            raise AdapterError(f"{label} has shape {tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}")
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            raise AdapterError(f"{file}: tensor {name} holds {bad} non-finite values; the file is damaged or the training diverged")
+            raise AdapterError(f"{label} holds {bad} non-finite values; the file is damaged or the training diverged")

@@ -56,6 +56,10 @@ class ModelConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = _key("attention kernel", "sdpa")
     pooling: Literal["last", "mean"] = _key("which hidden states become the embedding", "last")
     padding_side: Literal["left", "right"] = _key("side on which shorter rows are padded", "right")
+    positions: Literal["native", "flat"] = _key(
+        "where tokens sit: as the family lays them out, or counted one by one through pictures as the first published models were trained",
+        "native",
+    )
     max_tokens: int = _key("text tokens kept per item; image tokens are never cut and never counted", 512, ">= 1")
     min_pixels: int | None = _key("smallest picture area, for families that resize; null means the family's own", None, ">= 1")
     max_pixels: int | None = _key("largest picture area, for families that resize; null means the family's own", None, ">= 1")

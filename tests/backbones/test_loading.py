@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.backbones.common import embed, mixed_items
-from vlm2vec.backbones import load_backbone, resolve
+from vlm2vec.backbones import load_backbone, loading, resolve
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import InputError, ModelError
 
@@ -106,6 +107,14 @@ def test_a_model_that_is_not_in_the_cache_while_offline(tmp_path: Path, monkeypa
         resolve(ModelConfig(path="owner/name"))
     with pytest.raises(ModelError, match="model owner/na me@main cannot be had; check its name"):
         resolve(ModelConfig(path="owner/na me"))
+
+
+def test_of_pickles_only_adapters_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, revision, allow_patterns: asked.extend(allow_patterns) or str(tmp_path))
+    assert resolve(ModelConfig(path="owner/name")) == tmp_path
+    files = ["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json", "pytorch_model.bin", "training_args.bin", "model.pth"]
+    assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked)] == files[:3]
 
 
 def test_a_model_that_the_network_does_not_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from tests.backbones.common import embed, mixed_items, picture, stock_processor
 from vlm2vec.backbones import load_backbone
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.config import ModelConfig
-from vlm2vec.errors import ImageError
+from vlm2vec.errors import ImageError, RecipeError
 from vlm2vec.pooling import normalize, pool
 
-REFERENCE = Path(__file__).parent / "qwen2vl_reference"
+REFERENCE = Path(__file__).parents[1] / "data" / "qwen2vl"
 Tiny = Callable[..., Backbone]
 TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 STOCK = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
@@ -73,6 +73,19 @@ def test_a_chunk_does_not_see_the_chunk_before(tiny: Tiny) -> None:
     assert torch.equal(embed(backbone, words), embed(fresh, words))
 
 
+def test_flat_positions_count_through_pictures(tiny: Tiny) -> None:
+    processor = tiny("qwen2_vl", positions="flat", padding_side="left").processor
+    rows = [processor.features("<|image_1|>xy", [picture(56, 56)]), processor.features("z", [])]
+    expected = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]])
+    assert torch.equal(processor.collate(rows)["position_ids"], expected.expand(3, -1, -1))
+    assert processor.fingerprint != tiny("qwen2_vl", padding_side="left").processor.fingerprint
+
+
+def test_flat_positions_are_refused_where_there_is_nothing_to_flatten(tiny: Tiny) -> None:
+    with pytest.raises(RecipeError, match="model.positions: flat is only for models"):
+        tiny("smolvlm", positions="flat")
+
+
 def test_pixel_limits_bound_the_tokens(tiny: Tiny) -> None:
     small = tiny("qwen2_vl", max_pixels=56 * 56).processor
     large = tiny("qwen2_vl", min_pixels=112 * 112).processor
@@ -100,13 +113,15 @@ def test_the_merger_is_the_projector(tiny: Tiny) -> None:
 
 def test_the_published_code_makes_the_same_of_a_batch() -> None:
     expected = load_file(REFERENCE / "expected.safetensors")
-    backbone = load_backbone(ModelConfig(path=str(REFERENCE), padding_side="left"))
+    backbone = load_backbone(ModelConfig(path=str(REFERENCE), padding_side="left", positions="flat"))
     first, third = (Image.open(REFERENCE / f"image_row{row}.png").convert("RGB") for row in (0, 2))
     items = [("<|image_1|> Represent the given image\n", [first]), ("What is the question", []), ("<|image_1|> What\n", [third])]
     batch = backbone.processor.collate([backbone.processor.features(*item) for item in items])
     for name in ("input_ids", "attention_mask", "image_grid_thw"):
         assert torch.equal(batch[name], expected[name])
     with torch.no_grad():
-        states = backbone.hidden({**batch, "position_ids": expected["position_ids"]})  # that code gives pictures flat positions
-    assert (states - expected["last_hidden_state"])[expected["attention_mask"].bool()].abs().max() < 2e-5
+        states = backbone.hidden(batch)
+    real = expected["attention_mask"].bool()
+    assert torch.equal(batch["position_ids"][:, real], expected["position_ids"][:, real])
+    assert (states - expected["last_hidden_state"])[real].abs().max() < 2e-5
     assert (normalize(pool(states, batch["attention_mask"], "last")) - expected["pooled_last_l2"]).abs().max() < 1e-6

@@ -38,6 +38,7 @@ FAMILIES: dict[str, type[Backbone]] = {}  # by the `model_type` of config.json; 
 
 # Files beside the weights that we neither read nor change but that other libraries need to open what we save.
 ASSETS = ("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
+FEATURE_OPTIONS = ("max_tokens", "min_pixels", "max_pixels", "num_crops", "positions")  # recipe keys that change what a processor gives
 MUCH_TOO_LONG = 10  # a text this many times over its limit is worth a warning
 
 logger = get_logger(__name__)
@@ -53,6 +54,7 @@ class Processor(ABC):
     # What reads the files of a folder; the automatic classes follow what the files say.
     tokenizer_class: ClassVar[Any] = AutoTokenizer
     image_processor_class: ClassVar[Any] = AutoImageProcessor
+    flat_positions: ClassVar[bool] = False  # whether `positions: flat` differs from the family's own and is followed
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokenizer = tokenizer
@@ -60,6 +62,8 @@ class Processor(ABC):
         self.options = options
         self.assets = assets or {}
         self.image_token_id: int = config.image_token_id
+        if options.positions == "flat" and not self.flat_positions:
+            raise RecipeError("model.positions: flat is only for models that lay pictures out in two dimensions; leave it native")
         self.limit_pixels(options.min_pixels, options.max_pixels)
         self.limit_crops(options.num_crops)
         self._protect(self.control_tokens())
@@ -164,7 +168,7 @@ class Processor(ABC):
             "tokenizer": {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")},
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "image_token_id": self.image_token_id,
-            "options": [self.options.max_tokens, self.options.min_pixels, self.options.max_pixels, self.options.num_crops],
+            "options": [getattr(self.options, key) for key in FEATURE_OPTIONS],
             "backend": ["pil", version("pillow"), version("transformers"), version("tokenizers")],
         }
         return digest(parts)

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from vlm2vec.backbones.weights import check_text, check_weights, tensor_names
+from vlm2vec.backbones.weights import ADAPTER_PICKLE, check_text, check_weights, tensor_names
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ModelError
 from vlm2vec.io import read_json
@@ -26,7 +26,7 @@ BUILTIN_PREFIX = "builtin/"
 CONFIG = "config.json"
 JSON_FILES = (CONFIG, "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
-WANTED = ("*.safetensors", *(f"*{suffix}" for suffix in TEXT_SUFFIXES))
+WANTED = ("*.safetensors", ADAPTER_PICKLE, *(f"*{suffix}" for suffix in TEXT_SUFFIXES))
 LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 

@@ -1,7 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (arXiv 2409.12191, 2502.13923, 2511.21631): pictures at their own resolution, 3-D positions.
 
 A picture becomes bare `<|image_pad|>` tokens, one per merged patch, as in VLM2Vec's prompts: no vision_start or vision_end around
-them, no chat template.
+them, no chat template. The published VLM2Vec code finds pictures by their vision_start, hence found none and gave every token the next
+position: `positions: flat` repeats that for the models trained with it.
 
 Shape letters: C items in a chunk, L tokens, P patches.
 """
@@ -27,6 +28,8 @@ MAX_ASPECT = 200  # longer over shorter side that the family's resizing accepts
 
 class QwenVLProcessor(Processor):
     """Pictures of any size as rows of patches and a grid (1, height, width) counted in patches."""
+
+    flat_positions = True
 
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
         """Bound the area to which pictures are resized."""
@@ -58,10 +61,13 @@ class QwenVLProcessor(Processor):
         return batch
 
     def _positions(self, row: Features) -> Tensor:
-        """M-RoPE positions (3, L), arXiv 2409.12191 section 2.1: text counts on all axes alike, a picture by its row and column.
+        """Positions (3, L): M-RoPE, arXiv 2409.12191 section 2.1, where text counts on all axes alike and a picture by its row and column,
+        or flat ones that count pictures as text.
 
         Computed here because the model's own code takes pictures that touch for one, and would compute on the device.
         """
+        if self.options.positions == "flat":
+            return _text_positions(len(row), 0)
         marks = (row.input_ids == self.image_token_id).nonzero().flatten().tolist()
         parts: list[Tensor] = []
         token = position = seen = 0

@@ -9,17 +9,22 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from torch._weights_only_unpickler import UnpicklingError  # what torch's restricted reader raises
 
 from vlm2vec.errors import ModelError
 from vlm2vec.io import read_json, sha256_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+UNREADABLE = (UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 def check_weights(folder: Path) -> None:
@@ -93,7 +98,35 @@ def check_sha256(file: Path, sha256: str) -> None:
         raise ModelError(f"{file}: sha256 is {found}, expected {sha256}; install the pinned version of its package again")
 
 
-def read_published_weights(file: Path, sha256: str) -> dict[str, Tensor]:
-    """Tensors of a published PyTorch file with known bytes, read without unpickling objects."""
-    check_sha256(file, sha256)
-    return torch.load(file, map_location="cpu", weights_only=True)
+def read_published_weights(file: Path, sha256: str = "") -> dict[str, Tensor]:
+    """Tensors of a published PyTorch file, read without unpickling objects; its bytes are checked first where `sha256` is known.
+
+    Raises ModelError if it holds anything but tensors by name; no code in it is run.
+    """
+    if sha256:
+        check_sha256(file, sha256)
+    check_text(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:  # torch's own message recommends to switch its protection off, so it is not repeated
+        raise ModelError(f"{file}: damaged, or holds more than tensors ({type(error).__name__}); nothing in it was run") from error
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
+        raise ModelError(f"{file}: holds more than tensors by name, so these are no published weights")
+    return tensors
+
+
+def read_adapter(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file with an adapter's tensors, and the tensors as it calls them; safetensors wins over a PyTorch file beside it.
+
+    Raises ModelError if there is neither, or if the file is damaged.
+    """
+    file, pickled = directory / ADAPTER_WEIGHTS, directory / ADAPTER_PICKLE
+    if not file.is_file() and pickled.is_file():
+        return pickled, read_published_weights(pickled)
+    if not file.is_file():
+        raise ModelError(f"{file}: not found, and no {ADAPTER_PICKLE} either; copy or train the adapter again")
+    check_safetensors(file)
+    try:
+        return file, load_file(file)
+    except SafetensorError as error:
+        raise ModelError(f"{file}: not a readable safetensors file ({error}); copy or train the adapter again") from error

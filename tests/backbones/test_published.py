@@ -1,0 +1,105 @@
+"""The table of known checkpoints: every key is applied or listed as documented only, and the page in docs/ says what the table says."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vlm2vec.backbones import published
+from vlm2vec.backbones.auto import inferable_types
+from vlm2vec.backbones.published import DOCUMENTED_ONLY, checkpoints, find, page, settings
+from vlm2vec.config import ModelConfig
+from vlm2vec.schema import violations
+from vlm2vec.strict_yaml import build, dump_plain, parse
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "checkpoints.md"
+KNOWN = {field.name for field in fields(ModelConfig)}
+each_checkpoint = pytest.mark.parametrize("name", checkpoints())
+WANTED = {
+    "TIGER-Lab/VLM2Vec-LoRA",
+    "TIGER-Lab/VLM2Vec-Full",
+    "TIGER-Lab/VLM2Vec-LLaVa-Next",
+    "TIGER-Lab/VLM2Vec-Qwen2VL-2B",
+    "TIGER-Lab/VLM2Vec-Qwen2VL-7B",
+    "VLM2Vec/VLM2Vec-V2.0",
+    "Qwen/Qwen3-VL-Embedding-2B",
+    "Qwen/Qwen3-VL-Embedding-8B",
+    "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct",
+    "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct",
+    "intfloat/mmE5-mllama-11b-instruct",
+}
+
+
+def test_the_table_holds_the_models_we_promise() -> None:
+    assert set(checkpoints()) >= WANTED
+
+
+@each_checkpoint
+def test_every_setting_is_applied_or_listed_as_documented_only(name: str) -> None:
+    assert checkpoints()[name].model.keys() <= KNOWN | DOCUMENTED_ONLY.keys()
+
+
+def test_what_became_a_key_of_recipes_leaves_the_list() -> None:
+    assert not DOCUMENTED_ONLY.keys() & KNOWN
+
+
+@each_checkpoint
+def test_what_is_applied_makes_a_valid_section(name: str) -> None:
+    entry = checkpoints()[name]
+    text = dump_plain({"path": name, **entry.applied()})
+    assert not list(violations(build(ModelConfig, parse(text.encode(), name))))
+    assert {"pooling", "padding_side"} <= entry.applied().keys()
+
+
+@each_checkpoint
+def test_an_entry_is_complete_and_its_oracle_is_there(name: str) -> None:
+    entry = checkpoints()[name]
+    assert entry.layout in ("adapter", "merged") and entry.base.count("/") == 1 and entry.width > 0 and entry.note
+    assert entry.family == "phi3_v" or entry.family in inferable_types()
+    assert entry.oracle is None or (ROOT / entry.oracle / "expected.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "called",
+    [
+        "TIGER-Lab/VLM2Vec-LoRA",
+        "/models/TIGER-Lab/VLM2Vec-LoRA",
+        "models/TIGER-Lab/VLM2Vec-LoRA/",
+        "/cache/hub/models--TIGER-Lab--VLM2Vec-LoRA/snapshots/0123",
+    ],
+)
+def test_a_checkpoint_is_found_by_its_id_and_by_a_copy_of_its_name(called: str) -> None:
+    assert find(called) == "TIGER-Lab/VLM2Vec-LoRA"
+
+
+@pytest.mark.parametrize(
+    "called", ["VLM2Vec-LoRA", "someone/VLM2Vec-LoRA", "TIGER-Lab/VLM2Vec-LoRA/step-000005", "builtin/tiny-llava", "."]
+)
+def test_another_name_is_not_taken_for_a_known_one(called: str) -> None:
+    assert find(called) is None and settings(called) == {}
+
+
+def test_settings_are_those_of_an_encoder_of_ours() -> None:
+    found = settings("VLM2Vec/VLM2Vec-V2.0")
+    assert found["base"] == {"path": "Qwen/Qwen2-VL-2B-Instruct", "revision": None}
+    assert (found["model"]["positions"], found["model"]["padding_side"]) == ("flat", "left")
+    assert settings("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct")["base"] is None
+
+
+def test_a_setting_that_is_not_applied_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    entry = published.Checkpoint(**{**vars(checkpoints()["VLM2Vec/VLM2Vec-V2.0"]), "model": {"pooling": "last", "prompt": "raw"}})
+    monkeypatch.setattr(published, "checkpoints", lambda: {"a/b": entry, "a/c": chat})
+    chat = published.Checkpoint(**{**vars(entry), "model": {"pooling": "last", "unknown": "key"}})
+    with caplog.at_level(logging.WARNING, "vlm2vec"):
+        assert settings("a/b")["model"] == {"pooling": "last"}
+        assert not caplog.text, "raw text is what this version makes anyway"
+        assert settings("a/c")["model"] == {"pooling": "last"}
+    assert "a/c was published with unknown: key, which is not applied" in caplog.text
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    assert PAGE.read_text("utf-8").endswith(page()), "put vlm2vec.backbones.published.page() after the introduction"
