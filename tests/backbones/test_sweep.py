@@ -34,7 +34,7 @@ def test_every_parameter_belongs_to_a_part(tiny: Tiny, model_type: str) -> None:
 def test_every_linear_layer_belongs_to_a_part(tiny: Tiny, model_type: str) -> None:
     backbone = tiny(model_type)
     parts = {backbone.part_of(name) for name, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert {"language", "projector"} <= parts
+    assert "language" in parts  # the projector of one family is a bare matrix, the vision tower of another only convolves
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -134,7 +134,7 @@ def test_the_fingerprint_sees_the_options(tiny: Tiny, model_type: str) -> None:
 
 def test_the_estimate_is_the_number_of_image_tokens(tiny: Tiny, model_type: str) -> None:
     processor = tiny(model_type).processor
-    without = processor.features(PROMPT.removeprefix("<|image_1|>"), [])
+    without = processor.features("".join(processor.margin) + PROMPT.removeprefix("<|image_1|>"), [])
     for size in [(1, 1), (27, 27), (64, 64), (65, 64), (64, 33), (31, 200), (300, 100), (500, 499), (1000, 20)]:
         with_picture = processor.features(PROMPT, [picture(*size)])
         assert len(with_picture) - len(without) == processor.image_tokens_estimate(*size)

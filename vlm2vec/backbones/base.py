@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -48,6 +48,8 @@ class Processor(ABC):
     Text is tokenized piece by piece with control tokens switched off, so nothing that a user writes can become one; image tokens are
     inserted by id. A text over its limit loses tokens from its end, a picture never does.
     """
+
+    margin: tuple[str, str] = ("", "")  # text on both sides of a picture, tokenized together with what stands there
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokenizer = tokenizer
@@ -104,7 +106,7 @@ class Processor(ABC):
 
     def features(self, prompt: str, images: Sequence[Image.Image]) -> Features:
         """Tokens and pixels of one item. Raises DataError when prompt and pictures do not match, or when there is nothing to embed."""
-        pieces = split(prompt, len(images))
+        pieces = self._with_margins(split(prompt, len(images)))
         order = [piece for piece in pieces if isinstance(piece, int)]
         for index in sorted(set(range(len(images))) - set(order)):
             raise DataError(f"prompt has no placeholder for picture {index + 1} of {len(images)}: {prompt[:80]!r}")
@@ -207,6 +209,13 @@ class Processor(ABC):
         if tail:
             texts[last] += tail
         return texts, total - sum(map(len, texts.values()))
+
+    def _with_margins(self, pieces: Sequence[str | int]) -> list[str | int]:
+        """`pieces` with the family's margins around each picture, no two texts side by side."""
+        spaced = chain.from_iterable((self.margin[0], piece, self.margin[1]) if isinstance(piece, int) else (piece,) for piece in pieces)
+        runs = groupby(spaced, key=lambda piece: piece if isinstance(piece, int) else None)
+        merged = [picture if picture is not None else "".join(map(str, run)) for picture, run in runs]
+        return [piece for piece in merged if piece != ""]
 
     def _warn(self, total: int, budget: int) -> None:
         if total > MUCH_TOO_LONG * budget and not self._warned:
