@@ -32,7 +32,10 @@ from vlm2vec.pooling import normalize, pool
 
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
-SAVED_OPTIONS = ("pooling", "padding_side", "max_tokens", "min_pixels", "max_pixels")
+SAVED_OPTIONS = (
+    *("pooling", "padding_side", "max_tokens", "min_pixels", "max_pixels"),
+    *("resize", "prompt", "system", "ending", "keep_stray"),
+)
 WINDOW = 1024  # items whose features are held at once while encoding
 
 ItemLike = str | Image.Image | dict[str, Any] | Item

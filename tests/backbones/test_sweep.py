@@ -75,7 +75,7 @@ def test_a_cut_text_loses_no_picture_and_keeps_its_last_newline(tiny: Tiny, mode
     processor = backbone.processor
     prompt, image = "Look at <|image_1|> here\nand say what it is.\n\n", picture(90, 60)
     whole = processor.features(prompt, [image])
-    rest = len(processor.wrap([])) + processor.image_tokens_estimate(*image.size)
+    rest = len(processor.wrap([])) + processor.image_tokens_estimate(*image.size) + len("".join(processor.margin))
     text = len(whole) - rest
     newline = processor.features("\n", []).input_ids[len(processor.prefix)]
     cuts = []

@@ -28,6 +28,7 @@ class Gemma3Processor(TileProcessor):
     """Pictures as (1, 3, E, E) and a fixed number of image tokens between two markers."""
 
     margin = ("\n\n", "\n\n")
+    chat_mark = START
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokens_per_image = config.mm_tokens_per_image
@@ -43,7 +44,7 @@ class Gemma3Processor(TileProcessor):
         """Start, image tokens, end."""
         return [self.start, *[self.image_token_id] * self.tokens_per_image, self.end]
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """The same for every size."""
         return self.tokens_per_image + 2
 
@@ -61,7 +62,8 @@ class Gemma3(TileBackbone):
     @classmethod
     def tiny_checkpoint(cls, to: Path, seed: int = 0, model_type: str | None = None) -> Path:
         """About 60 k parameters; 4 tokens a picture, a window of 16 tokens in the first layer."""
-        text = {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+        text: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+        text["layer_types"] = ["sliding_attention", "full_attention"]
         named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
         named |= {"boi_token": START, "eoi_token": END, "image_token": "<image_soft_token>"}
         tokenizer = byte_tokenizer(named, ["<start_of_turn>", "<end_of_turn>"], frame="<bos> $A")

@@ -48,7 +48,7 @@ class InternVLProcessor(TileProcessor):
         """`<img>`, the tokens of all tiles, `</img>`."""
         return [self.start, *[self.image_token_id] * (self.tokens_per_tile * len(inputs["pixel_values"])), self.end]
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of the tiles that a picture of this size is cut into, and two markers."""
         return self.tokens_per_tile * self.image_processor.get_number_of_image_patches(height, width) + 2
 

@@ -45,9 +45,9 @@ class AnyResProcessor(TileProcessor):
     def image_token_ids(self, inputs: dict[str, Tensor]) -> list[int]:
         """Image tokens for the whole, the grid and its newlines."""
         height, width = inputs["image_sizes"][0].tolist()
-        return [self.image_token_id] * self.image_tokens_estimate(width, height)
+        return [self.image_token_id] * self.count_image_tokens(width, height)
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """Features of the whole, plus rows x (columns + newline) of the grid."""
         rows, columns = self._grid(width, height)
         return self.side**2 + rows * (columns + 1)

@@ -48,7 +48,7 @@ class MllamaProcessor(TileProcessor):
         """One image token, however large the picture."""
         return [self.image_token_id]
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """One."""
         return 1
 
@@ -127,7 +127,12 @@ class Mllama(Backbone):
         named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
         tokenizer = byte_tokenizer({**named, "image_token": "<|image|>"}, ["<|python_tag|>"], frame="<|begin_of_text|> $A")
         vision = {"num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [0], "image_size": 32, "patch_size": 8}
-        text = {"num_key_value_heads": 2, "cross_attention_layers": [1], "vocab_size": len(tokenizer), **special_ids(tokenizer)}
+        text: dict[str, Any] = {
+            "num_key_value_heads": 2,
+            "cross_attention_layers": [1],
+            "vocab_size": len(tokenizer),
+            **special_ids(tokenizer),
+        }
         config = AutoConfig.for_model(
             "mllama",
             text_config=small(layers=3, **text),

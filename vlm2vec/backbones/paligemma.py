@@ -37,7 +37,7 @@ class PaliGemmaProcessor(TileProcessor):
         """Image tokens alone."""
         return [self.image_token_id] * self.tokens_per_image
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """The same for every size."""
         return self.tokens_per_image
 

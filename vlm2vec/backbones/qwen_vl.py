@@ -43,7 +43,7 @@ class QwenVLProcessor(Processor):
         """One token per merge x merge patches."""
         return [self.image_token_id] * (int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2)
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of a picture after the family's resizing."""
         _check_aspect(width, height)
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
