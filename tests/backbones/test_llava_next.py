@@ -54,6 +54,13 @@ def test_token_counts_and_tiles_are_those_of_the_published_code(published: Backb
     assert len(published.processor.image_token_ids(inputs)) == tokens
 
 
+@pytest.mark.parametrize(("resize", "edge", "tokens"), [("high", 1344, 2928), ("mid", 672, 2928), ("low", 128, 1176), (336, 336, 1176)])
+def test_resolutions_of_the_published_code(resize: str | int, edge: int, tokens: int) -> None:
+    processor = load_backbone(ModelConfig(path=str(REFERENCE), resize=resize)).processor
+    assert processor.edge_after_resize == edge
+    assert processor.image_tokens_estimate(640, 480) == tokens == COUNTS[f"{edge}x{edge}"][0]
+
+
 def test_only_the_tiles_of_a_picture_are_computed(tiny: Callable[..., Backbone]) -> None:
     backbone = tiny("llava_next")
     rows = [backbone.processor.features("<|image_1|>x", [picture(*size)]) for size in ((32, 64), (64, 64))]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.backbones.common import PROMPT, embed, mixed_items, picture
 from vlm2vec.backbones import load_backbone, registry
@@ -138,6 +139,16 @@ def test_the_estimate_is_the_number_of_image_tokens(tiny: Tiny, model_type: str)
     for size in [(1, 1), (27, 27), (64, 64), (65, 64), (64, 33), (31, 200), (300, 100), (500, 499), (1000, 20)]:
         with_picture = processor.features(PROMPT, [picture(*size)])
         assert len(with_picture) - len(without) == processor.image_tokens_estimate(*size)
+
+
+def test_pictures_are_squashed_before_the_family_sees_them(tiny: Tiny, model_type: str) -> None:
+    plain, squashed = tiny(model_type).processor, tiny(model_type, resize=64).processor
+    image = picture(150, 40)
+    expected, found = plain.features(PROMPT, [image.resize((64, 64), Image.Resampling.BICUBIC)]), squashed.features(PROMPT, [image])
+    assert torch.equal(found.input_ids, expected.input_ids)
+    assert torch.equal(found.images[0]["pixel_values"], expected.images[0]["pixel_values"])
+    assert squashed.image_tokens_estimate(150, 40) == plain.image_tokens_estimate(64, 64)
+    assert squashed.fingerprint != plain.fingerprint
 
 
 def test_towers_run_once_for_pictures_and_never_for_text(tiny: Tiny, model_type: str) -> None:

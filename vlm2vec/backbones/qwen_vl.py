@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (arXiv 2409.12191, 2502.13923, 2511.21631): pictures at their own resolution, 3-D positions.
 
-A picture becomes bare `<|image_pad|>` tokens, one per merged patch, as in VLM2Vec's prompts: no vision_start or vision_end around
-them, no chat template.
+In a raw prompt a picture becomes bare `<|image_pad|>` tokens, one per merged patch, as in VLM2Vec's prompts; the chat template of these
+models puts vision_start and vision_end around them.
 
 Shape letters: C items in a chunk, L tokens, P patches.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2VLImageProcessorPil
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.toy import CHAT, byte_tokenizer, write_checkpoint
 from vlm2vec.collate import Features, pad_tokens
 from vlm2vec.errors import ImageError
 
@@ -109,6 +109,7 @@ class QwenVL(Backbone):
         model_type = model_type or cls.model_types[0]
         named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
         tokenizer = byte_tokenizer(named, ["<|im_start|>", "<|vision_start|>", "<|vision_end|>"])
+        tokenizer.chat_template = CHAT.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>")
         roles = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
         config = AutoConfig.for_model(
             model_type,
