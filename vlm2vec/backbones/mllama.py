@@ -1,14 +1,12 @@
 """Llama 3.2 Vision (mllama; arXiv 2407.21783 section 7): a picture is one token, and some layers of the text attend to its tiles.
 
-A token attends to the pictures of its item that stand before it, up to the next picture; pictures that touch are seen together. Two
-things are done here rather than by `MllamaModel.forward`, which computes blank pictures for rows without one and lets tokens that see no
-picture attend to every tile alike, so that an embedding would depend on its neighbours in the chunk:
+A token attends to the pictures of its item that stand before it, up to the next picture; pictures that touch are seen together.
+`MllamaModel.forward` computes blank pictures for rows without one and lets tokens that see no picture attend to every tile alike, so that
+an embedding would depend on its neighbours in the chunk. Here the vision model runs on real pictures only, their real tiles alone are
+attended to, and a token that sees none attends to a key of zeros whose value is zero, which is its share in the published model.
 
-  * the vision model runs on real pictures only, and only their real tiles are attended to;
-  * tokens that see no picture attend to a key of zeros whose value is zero, as in the published model, where their share is set to zero.
-
-Shape letters: C items in a chunk, L tokens, N pictures of the chunk, T tiles that a picture may have, K vision states of an item with
-the zero key as the first, P vision states of a tile, D hidden width, E edge of a tile in pixels.
+Shape letters: C items in a chunk, L tokens, N pictures of the chunk, T tiles that a picture may have, E edge of a tile in pixels, P vision
+states of a tile, K those of an item after the key of zeros, D hidden width.
 """
 
 from __future__ import annotations
@@ -23,8 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, MllamaImageProcessorPil
 
-from vlm2vec.backbones.base import Backbone, Part
-from vlm2vec.backbones.tiles import TileProcessor, small, special_ids
+from vlm2vec.backbones.tiles import TileBackbone, TileProcessor, small, special_ids
 from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
 from vlm2vec.collate import Features
 
@@ -76,17 +73,11 @@ class MllamaProcessor(TileProcessor):
         return spans[::-1]
 
 
-class Mllama(Backbone):
+class Mllama(TileBackbone):
     """Llama 3.2 Vision. The gates of the attending layers start at zero in a new model: it does not see until it is trained."""
 
     model_types = ("mllama",)
     processor_class = MllamaProcessor
-    parts: dict[str, Part] = {
-        "vision_model": "vision",
-        "multi_modal_projector": "projector",
-        "language_model": "language",
-        "lm_head": "head",
-    }
     tower_names = ("model.vision_model", "model.multi_modal_projector")
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
@@ -97,28 +88,23 @@ class Mllama(Backbone):
 
     def _attended(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The vision states of each item (C, K, D), who attends to them (C, 1, L, K), and which tokens see a picture (C, 1, L, 1)."""
-        inner, sees_NL, tiles_NT = self.model.model, batch["sees_NL"], batch["aspect_ratio_mask"].bool()
-        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-        states_NTPD = inner.multi_modal_projector(inner.vision_model(**{name: batch[name][None] for name in names}).last_hidden_state)[0]
+        inner, tiles_NT = self.model.model, batch["aspect_ratio_mask"].bool()
+        pictures = {name: batch[name][None] for name in self.processor_class.picture_inputs}
+        states_NTPD = inner.multi_modal_projector(inner.vision_model(**pictures).last_hidden_state)[0]
         zero_1D = states_NTPD.new_zeros((1, states_NTPD.shape[-1]))
-        nobody_1L = sees_NL.new_zeros((1, sees_NL.shape[1]))
         states, sees = [], []
         for row in range(len(batch["input_ids"])):
             mine_N = batch["picture_row_N"] == row
-            tiles = tiles_NT[mine_N]
+            tiles, sees_NL = tiles_NT[mine_N], batch["sees_NL"][mine_N]
             states.append(torch.cat([zero_1D, states_NTPD[mine_N][tiles].flatten(0, 1)]))
-            by_tile = sees_NL[mine_N].repeat_interleave(tiles.sum(1) * states_NTPD.shape[2], dim=0)
-            sees.append(torch.cat([nobody_1L, by_tile]))
-        states_CKD = pad_sequence(states, batch_first=True)
+            by_state = sees_NL.repeat_interleave(tiles.sum(1) * states_NTPD.shape[2], dim=0)
+            sees.append(torch.cat([~sees_NL.any(0, keepdim=True), by_state]))
         sees_CLK = pad_sequence(sees, batch_first=True).transpose(1, 2)
-        any_CL = sees_CLK.any(2)
-        sees_CLK = torch.cat([~any_CL[..., None], sees_CLK[..., 1:]], dim=2)
-        hide_CLK = torch.zeros(sees_CLK.shape, dtype=states_CKD.dtype, device=states_CKD.device)
-        hide_CLK = hide_CLK.masked_fill(~sees_CLK, torch.finfo(states_CKD.dtype).min)
+        hide_CLK = (~sees_CLK).to(states_NTPD.dtype) * torch.finfo(states_NTPD.dtype).min
         return {
-            "cross_attention_states": states_CKD,
+            "cross_attention_states": pad_sequence(states, batch_first=True),
             "cross_attention_mask": hide_CLK[:, None],
-            "full_text_row_masked_out_mask": any_CL[:, None, :, None].to(states_CKD.dtype),
+            "full_text_row_masked_out_mask": (~sees_CLK[:, None, :, :1]).to(hide_CLK.dtype),
         }
 
     @classmethod

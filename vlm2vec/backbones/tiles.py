@@ -47,6 +47,7 @@ class TileBackbone(Backbone):
 
     parts: dict[str, Part] = {
         "vision_tower": "vision",
+        "vision_model": "vision",
         "multi_modal_projector": "projector",
         "image_newline": "projector",
         "language_model": "language",
