@@ -100,7 +100,8 @@ class Processor(ABC):
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
         """Tell the image processor the picture area that the recipe asks for. Raises RecipeError where the family cannot follow."""
         if smallest or largest:
-            raise RecipeError(f"model.{'min' if smallest else 'max'}_pixels: this model has one fixed picture size, or tiles of one; leave it null, or use model.resize")
+            key = f"model.{'min' if smallest else 'max'}_pixels"
+            raise RecipeError(f"{key}: this model has one fixed picture size, or tiles of one; leave it null, or use model.resize")
 
     def text_budget(self, image_tokens: int) -> int:
         """How many text tokens fit beside `image_tokens` image tokens."""
