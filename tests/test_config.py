@@ -133,6 +133,11 @@ def test_differing_keys_of_two_runs(tmp_path: Path) -> None:
         ("[projector]", "projector", ":4: model.train: expected list of language, projector, vision, got 'projector'"),
         ("[projector]", "[lens]", ":4: model.train[0]: expected one of language, projector, vision, got 'lens'"),
         ("lr: 5e-5", "lr: 5e-5\n  betas: [0.9]", ":19: train.betas: expected list of 2 numbers, got list"),
+        ("lora:", "  resize: huge\nlora:", ":5: model.resize: expected one of low, mid, high or integer or null, got 'huge'"),
+        ("lora:", "  resize: 64.5\nlora:", ":5: model.resize: expected one of low, mid, high or integer or null, got 64.5"),
+        ("lora:", "  resize: true\nlora:", ":5: model.resize: expected one of low, mid, high or integer or null, got true"),
+        ("lora:", "  resize: [low]\nlora:", ":5: model.resize: expected one of low, mid, high or integer or null, got list"),
+        ("lora:", "  resize: 0\nlora:", ":5: model.resize must be >= 1, got 0"),
         ("  rank: 4", "  - rank", ":5: lora: expected a mapping, got list"),
         ("weight: 2", "weight: -2", ":12: data.sources[1].weight must be >= 0 and finite, got -2.0"),
         ("weight: 2", "wieght: 2", ":12: unknown key data.sources[1].wieght; did you mean weight?"),
@@ -152,6 +157,13 @@ def test_wrong_types_and_names(tmp_path: Path, old: str, new: str, message: str)
 def test_whole_numbers_serve_where_numbers_are_wanted(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path))
     assert recipe.data.sources[1].weight == 2.0 and isinstance(recipe.data.sources[1].weight, float)
+
+
+@pytest.mark.parametrize(("written", "read"), [("high", "high"), ("336", 336), ("null", None)])
+def test_a_key_may_take_a_name_or_a_number(tmp_path: Path, written: str, read: str | int | None) -> None:
+    recipe = load_recipe(write(tmp_path, edited("lora:", f"  resize: {written}\nlora:")))
+    assert recipe.model.resize == read
+    assert parse_recipe(dump(recipe)) == recipe
 
 
 def test_folders_and_impossible_names_are_not_recipes(tmp_path: Path) -> None:
@@ -304,12 +316,14 @@ def test_tiny_shrinks_sizes(tmp_path: Path) -> None:
 
 
 def test_tiny_shrinks_what_most_recipes_do_not_name(tmp_path: Path) -> None:
-    text = edited("lora:", "  min_pixels: 100000\n  max_pixels: 200000\n  max_tokens: 40\nlora:").replace("weight: 2", "cap: 100")
+    text = edited("lora:", "  min_pixels: 100000\n  max_pixels: 200000\n  max_tokens: 40\n  resize: high\nlora:").replace(
+        "weight: 2", "cap: 100"
+    )
     text += "  accumulate: 16\nrun: {trackers: [tensorboard]}\nevaluate: {bootstrap: 0}\n"
     recipe = tiny(tmp_path, text=text)
     assert (recipe.model.min_pixels, recipe.model.max_pixels, recipe.model.max_tokens) == (56 * 56, 112 * 112, 40)
     assert (recipe.train.accumulate, recipe.run.trackers, recipe.data.sources[1].cap, recipe.evaluate.bootstrap) == (2, (), 16, 0)
-    assert tiny(tmp_path).model.max_tokens == 64
+    assert (recipe.model.resize, tiny(tmp_path).model.resize, tiny(tmp_path).model.max_tokens) == (64, None, 64)
 
 
 def test_tiny_keeps_options_and_source_names(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who must not know whom although the layers allow it: data never sees a processor, and a reader of rows never sees a model.
 STRANGERS = {"data": ("backbones", "collate", "batch"), "report": ("trainer", "encoder")}
 NEVER_IMPORTED = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-FAMILIES = r"qwen|phi-?3|idefics|smolvlm|vista|llava|paligemma|internvl"
+FAMILIES = r"qwen|phi-?3|idefics|smolvlm|vista|llava|gemma|internvl|llama"
 MODULES = sorted(path for path in (ROOT / "vlm2vec").rglob("*.py"))
 SCRIPTS = [ROOT / "train.py", *sorted((ROOT / "benchmarks").rglob("*.py"))]
 

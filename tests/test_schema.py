@@ -71,6 +71,9 @@ def test_the_recipe_itself_is_valid() -> None:
         (changed("model", trust_remote_code=True), "model.trust_remote_code needs model.revision as a 40-character commit"),
         (changed("model", trust_remote_code=True, revision="main"), "model.trust_remote_code needs model.revision as a 40-character"),
         (changed("model", trust_remote_code=True, revision="a" * 39), "model.trust_remote_code needs model.revision as a 40-character"),
+        (changed("model", system="Say."), "model.system belongs to a chat; write model.prompt: chat"),
+        (changed("model", ending="</s>"), "model.ending belongs to a chat; write model.prompt: chat"),
+        (changed("model", resize=0), "model.resize must be >= 1, got 0"),
         (changed("model", min_pixels=9, max_pixels=4), "model.min_pixels (9) must not exceed model.max_pixels (4)"),
     ],
 )

@@ -6,7 +6,7 @@ Shape letters: B queries, I distinct items of the batch, K explicit negatives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -33,8 +33,11 @@ class Batch:
 
 
 def featurize(processor: Processor, item: Item) -> Features:
-    """Tokens and pixels of one item: render its prompt, decode its pictures, process."""
-    return processor.features(prompts.render(item), [load_image(image) for image in item.images])
+    """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction."""
+    options = processor.options
+    shown = replace(item, instruction="") if options.prompt == "chat" else item
+    images = [load_image(image) for image in item.images]
+    return processor.features(prompts.render(shown, options.keep_stray), images, item.instruction)
 
 
 def make_batch(pairs: Sequence[Pair], processor: Processor, explicit_negatives: bool = True) -> Batch:

@@ -37,11 +37,12 @@ logger = get_logger(__name__)
 
 
 def content_digest(item: Item, pictures: Sequence[str]) -> str:
-    """What an item shows any model: its rendered prompt, the content of its pictures in order, and the version of their decoder.
+    """What an item shows any model: its prompt and instruction, the content of its pictures in order, and the version of their decoder.
 
     `pictures` are their `images.content_key`. Neither paths nor names take part: copies of an item are the same item.
     """
-    return digest({"prompt": prompts.render(item), "pictures": list(pictures), "decode": images.DECODE_VERSION})
+    prompt = prompts.render(item, keep_stray=True)
+    return digest({"prompt": prompt, "instruction": item.instruction, "pictures": list(pictures), "decode": images.DECODE_VERSION})
 
 
 @dataclass(frozen=True)

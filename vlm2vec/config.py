@@ -15,6 +15,7 @@ from typing import Any
 from vlm2vec import strict_yaml
 from vlm2vec.errors import RecipeError
 from vlm2vec.schema import (
+    RESOLUTIONS,
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
@@ -31,6 +32,7 @@ from vlm2vec.schema import (
 from vlm2vec.strict_yaml import Node, build, dump_plain, join
 
 __all__ = [
+    "RESOLUTIONS",
     "CheckpointConfig",
     "DataConfig",
     "EvaluateConfig",
@@ -191,6 +193,7 @@ def _shrink_model(model: ModelConfig) -> ModelConfig:
         max_tokens=min(model.max_tokens, 64),
         min_pixels=model.min_pixels and min(model.min_pixels, 56 * 56),
         max_pixels=model.max_pixels and min(model.max_pixels, 112 * 112),
+        resize=model.resize and 64,
     )
 
 

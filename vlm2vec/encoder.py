@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from vlm2vec import log, prompts
 from vlm2vec.backbones import load_backbone, published, resolve
-from vlm2vec.backbones.base import Backbone, Processor
+from vlm2vec.backbones.base import FEATURE_OPTIONS, Backbone, Processor
 from vlm2vec.batch import featurize
 from vlm2vec.collate import Features, plan_chunks
 from vlm2vec.config import LoraConfig, ModelConfig
@@ -33,7 +33,7 @@ from vlm2vec.pooling import normalize, pool
 
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
-SAVED_OPTIONS = ("pooling", "padding_side", "positions", "max_tokens", "min_pixels", "max_pixels", "num_crops")
+SAVED_OPTIONS = ("pooling", "padding_side", *FEATURE_OPTIONS)
 WINDOW = 1024  # items whose features are held at once while encoding
 
 logger = log.get_logger(__name__)

@@ -19,6 +19,7 @@ from vlm2vec.io import digest
 from vlm2vec.strict_yaml import describe, dump_plain, join, shorten
 
 Part = Literal["language", "projector", "vision"]
+RESOLUTIONS = {"low": 128, "mid": 672, "high": 1344}  # pixels along an edge, of VLM2Vec (arXiv 2410.05160)
 Violation = tuple[str, str]  # (key, what is wrong with it)
 
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -64,6 +65,13 @@ class ModelConfig:
     min_pixels: int | None = _key("smallest picture area, for families that resize; null means the family's own", None, ">= 1")
     max_pixels: int | None = _key("largest picture area, for families that resize; null means the family's own", None, ">= 1")
     num_crops: int | None = _key("most crops of a picture, for families that cut; null means the checkpoint's own", None, ">= 1")
+    resize: Literal["low", "mid", "high"] | int | None = _key(
+        "edge of the square that pictures are squashed to before anything else; low is 128, mid 672, high 1344", None, ">= 1"
+    )
+    prompt: Literal["raw", "chat"] = _key("text as it is, or as a user turn of the checkpoint's own chat template", "raw")
+    system: str | None = _key("system turn of a chat for items without an instruction, which takes its place", None)
+    ending: str | None = _key("control tokens after the start of the answer of a chat, such as <|endoftext|>", None)
+    keep_stray: bool = _key("keep a placeholder without a picture as text, rather than remove it", False)
     train: tuple[Part, ...] = _key("parts whose own weights are trained in full", ())
 
     def rules(self) -> Iterator[Violation]:
@@ -74,6 +82,9 @@ class ModelConfig:
             yield "trust_remote_code", "needs model.revision as a 40-character commit"
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             yield "min_pixels", f"({self.min_pixels}) must not exceed model.max_pixels ({self.max_pixels})"
+        for key in ("system", "ending"):
+            if getattr(self, key) is not None and self.prompt != "chat":
+                yield key, "belongs to a chat; write model.prompt: chat, or null here"
         yield from _distinct("train", self.train)
 
 
@@ -257,7 +268,7 @@ def _elements(value: Any, key: str) -> Iterable[tuple[str, Any]]:
 
 
 def _range(value: Any, key: str, within: str | None) -> Iterator[Violation]:
-    if within and value is not None and not (math.isfinite(value) and RANGES[within](value)):
+    if within and isinstance(value, int | float) and not (math.isfinite(value) and RANGES[within](value)):
         yield key, f"must be {within}{' and finite' if isinstance(value, float) else ''}, got {dump_plain(value, flow=True).strip()}"
 
 

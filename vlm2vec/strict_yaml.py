@@ -200,8 +200,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def _convert(node: Node, kind: Any, key: str) -> Any:
     choices = get_args(kind)
     if type(None) in choices:
-        inner = next(choice for choice in choices if choice is not type(None))
-        return None if node.value is None else _convert(node, inner, key)
+        inner = [choice for choice in choices if choice is not type(None)]
+        if node.value is None:
+            return None
+        fitting = [choice for choice in inner if len(inner) == 1 or node.value in get_args(choice) or type(node.value) is choice]
+        return _convert(node, fitting[0], key) if fitting else _refuse(node, kind, key)
     if is_dataclass(kind):
         return build(kind, node, key)  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
@@ -232,7 +235,7 @@ def describe(kind: Any) -> str:
     """An annotation in the words of a user."""
     choices = get_args(kind)
     if type(None) in choices:
-        return f"{describe(next(choice for choice in choices if choice is not type(None)))} or null"
+        return " or ".join([describe(choice) for choice in choices if choice is not type(None)] + ["null"])
     if get_origin(kind) is Literal:
         return f"one of {', '.join(choices)}"
     if get_origin(kind) is tuple:

@@ -63,8 +63,8 @@ def test_a_type_that_no_file_here_names(tmp_path: Path) -> None:
 
 def test_pictures_of_varying_token_counts_are_refused(tmp_path: Path) -> None:
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32, 64], [64, 32]]}
-    folder = _checkpoint(tmp_path, "llava_next", LlavaNextImageProcessorPil(**sizes), image_grid_pinpoints=[[32, 64], [64, 32]])
-    _refused(folder, "model type llava_next: cannot infer .*image_sizes.* It needs a family of its own in vlm2vec/backbones")
+    folder = _checkpoint(tmp_path, "vipllava", LlavaNextImageProcessorPil(**sizes), vision_feature_layers=[-1, -2])
+    _refused(folder, "model type vipllava: cannot infer .*image_sizes.* It needs a family of its own in vlm2vec/backbones")
 
 
 def test_pictures_of_their_own_shape_are_refused(tmp_path: Path) -> None:

@@ -1,23 +1,19 @@
-"""The table of known checkpoints: every key is applied or listed as documented only, and the page in docs/ says what the table says."""
+"""The table of known checkpoints: every entry is complete and valid, and the page in docs/ says what the table says."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from vlm2vec.backbones import published
-from vlm2vec.backbones.auto import inferable_types
-from vlm2vec.backbones.published import DOCUMENTED_ONLY, checkpoints, find, page, settings
+from vlm2vec.backbones import registry
+from vlm2vec.backbones.published import checkpoints, find, page, settings
 from vlm2vec.config import ModelConfig
 from vlm2vec.schema import violations
 from vlm2vec.strict_yaml import build, dump_plain, parse
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "checkpoints.md"
-KNOWN = {field.name for field in fields(ModelConfig)}
 each_checkpoint = pytest.mark.parametrize("name", checkpoints())
 WANTED = {
     "TIGER-Lab/VLM2Vec-LoRA",
@@ -39,27 +35,18 @@ def test_the_table_holds_the_models_we_promise() -> None:
 
 
 @each_checkpoint
-def test_every_setting_is_applied_or_listed_as_documented_only(name: str) -> None:
-    assert checkpoints()[name].model.keys() <= KNOWN | DOCUMENTED_ONLY.keys()
-
-
-def test_what_became_a_key_of_recipes_leaves_the_list() -> None:
-    assert not DOCUMENTED_ONLY.keys() & KNOWN
-
-
-@each_checkpoint
-def test_what_is_applied_makes_a_valid_section(name: str) -> None:
+def test_the_settings_make_a_valid_section(name: str) -> None:
     entry = checkpoints()[name]
-    text = dump_plain({"path": name, **entry.applied()})
+    text = dump_plain({"path": name, **entry.model})
     assert not list(violations(build(ModelConfig, parse(text.encode(), name))))
-    assert {"pooling", "padding_side"} <= entry.applied().keys()
+    assert {"pooling", "padding_side"} <= entry.model.keys()
 
 
 @each_checkpoint
 def test_an_entry_is_complete_and_its_oracle_is_there(name: str) -> None:
     entry = checkpoints()[name]
     assert entry.layout in ("adapter", "merged") and entry.base.count("/") == 1 and entry.width > 0 and entry.note
-    assert entry.family == "phi3_v" or entry.family in inferable_types()
+    assert entry.family in registry()
     assert entry.oracle is None or (ROOT / entry.oracle / "expected.safetensors").is_file()
 
 
@@ -88,17 +75,6 @@ def test_settings_are_those_of_an_encoder_of_ours() -> None:
     assert found["base"] == {"path": "Qwen/Qwen2-VL-2B-Instruct", "revision": None}
     assert (found["model"]["positions"], found["model"]["padding_side"]) == ("flat", "left")
     assert settings("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct")["base"] is None
-
-
-def test_a_setting_that_is_not_applied_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    entry = published.Checkpoint(**{**vars(checkpoints()["VLM2Vec/VLM2Vec-V2.0"]), "model": {"pooling": "last", "prompt": "raw"}})
-    monkeypatch.setattr(published, "checkpoints", lambda: {"a/b": entry, "a/c": chat})
-    chat = published.Checkpoint(**{**vars(entry), "model": {"pooling": "last", "unknown": "key"}})
-    with caplog.at_level(logging.WARNING, "vlm2vec"):
-        assert settings("a/b")["model"] == {"pooling": "last"}
-        assert not caplog.text, "raw text is what this version makes anyway"
-        assert settings("a/c")["model"] == {"pooling": "last"}
-    assert "a/c was published with unknown: key, which is not applied" in caplog.text
 
 
 def test_the_page_says_what_the_table_says() -> None:

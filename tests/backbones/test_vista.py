@@ -96,7 +96,7 @@ def test_pictures_are_squashed_to_a_square_and_normalized() -> None:
 
 
 def test_a_fixed_size_takes_no_pixel_limits(tiny: Tiny) -> None:
-    with pytest.raises(RecipeError, match="model.max_pixels: this model has one fixed picture size"):
+    with pytest.raises(RecipeError, match="model.max_pixels: this model has one fixed picture size, or tiles"):
         tiny(TYPE, max_pixels=100)
 
 

@@ -55,7 +55,7 @@ class InferredProcessor(Processor):
         """`tokens_per_image` image tokens."""
         return [self.image_token_id] * self.tokens_per_image
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """The same for every size."""
         return self.tokens_per_image
 

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,9 +22,12 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from vlm2vec.backbones.chat import RAW, ChatTemplate
 from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
+from vlm2vec.backbones.runs import Part as PromptPart
+from vlm2vec.backbones.runs import Run, Text, cut, gather, whole
 from vlm2vec.collate import Features, pad_tokens
-from vlm2vec.config import ModelConfig
+from vlm2vec.config import RESOLUTIONS, ModelConfig
 from vlm2vec.errors import DataError, ModelError, RecipeError
 from vlm2vec.io import digest
 from vlm2vec.log import get_logger
@@ -38,7 +40,11 @@ FAMILIES: dict[str, type[Backbone]] = {}  # by the `model_type` of config.json; 
 
 # Files beside the weights that we neither read nor change but that other libraries need to open what we save.
 ASSETS = ("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
-FEATURE_OPTIONS = ("max_tokens", "min_pixels", "max_pixels", "num_crops", "positions")  # recipe keys that change what a processor gives
+# Recipe keys that change what a processor gives.
+FEATURE_OPTIONS = (
+    *("max_tokens", "min_pixels", "max_pixels", "num_crops", "resize", "positions"),
+    *("prompt", "system", "ending", "keep_stray"),
+)
 MUCH_TOO_LONG = 10  # a text this many times over its limit is worth a warning
 
 logger = get_logger(__name__)
@@ -55,6 +61,8 @@ class Processor(ABC):
     tokenizer_class: ClassVar[Any] = AutoTokenizer
     image_processor_class: ClassVar[Any] = AutoImageProcessor
     flat_positions: ClassVar[bool] = False  # whether `positions: flat` differs from the family's own and is followed
+    margin: tuple[str, str] = ("", "")  # text on both sides of a picture, tokenized together with what stands there
+    chat_mark: str | None = None  # what a chat template writes for a picture; the image token if None
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokenizer = tokenizer
@@ -68,6 +76,7 @@ class Processor(ABC):
         self.limit_crops(options.num_crops)
         self._protect(self.control_tokens())
         self.prefix, self.suffix = self._frame()
+        self.chat = self._chat_template() if options.prompt == "chat" else None
         self._warned = False
 
     @classmethod
@@ -88,7 +97,7 @@ class Processor(ABC):
         """The ids that stand for a picture in the token sequence, one image token per feature vector and any markers around them."""
 
     @abstractmethod
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """How many ids `image_token_ids` will give for a picture of this size: arithmetic only, so that it can be asked before decoding."""
 
     @abstractmethod
@@ -102,7 +111,8 @@ class Processor(ABC):
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
         """Tell the image processor the picture area that the recipe asks for. Raises RecipeError where the family cannot follow."""
         if smallest or largest:
-            raise RecipeError(f"model.{'min' if smallest else 'max'}_pixels: this model has one fixed picture size; leave it null")
+            key = f"model.{'min' if smallest else 'max'}_pixels"
+            raise RecipeError(f"{key}: this model has one fixed picture size, or tiles of one; leave it null, or use model.resize")
 
     def limit_crops(self, crops: int | None) -> None:
         """Tell the image processor how many crops the recipe allows a picture. Raises RecipeError where the family cannot follow."""
@@ -115,20 +125,37 @@ class Processor(ABC):
 
     # -- what is the same for all ----------------------------------------------------------------------------------------------------------
 
-    def features(self, prompt: str, images: Sequence[Image.Image]) -> Features:
-        """Tokens and pixels of one item. Raises DataError when prompt and pictures do not match, or when there is nothing to embed."""
+    def features(self, prompt: str, images: Sequence[Image.Image], instruction: str = "") -> Features:
+        """Tokens and pixels of one item. Raises DataError when prompt and pictures do not match, or when there is nothing to embed.
+
+        With `prompt: chat` the prompt is a user turn after `instruction`, or `model.system` where there is none; else it holds all text.
+        """
         pieces = split(prompt, len(images))
         order = [piece for piece in pieces if isinstance(piece, int)]
         for index in sorted(set(range(len(images))) - set(order)):
             raise DataError(f"prompt has no placeholder for picture {index + 1} of {len(images)}: {prompt[:80]!r}")
-        inputs = {index: self.image_inputs(images[index]) for index in order}
+        inputs = {index: self.image_inputs(self._resized(images[index])) for index in order}
         tokens = {index: self.image_token_ids(inputs[index]) for index in order}
-        texts, cut = self._fit(pieces, self.text_budget(sum(map(len, tokens.values()))))
-        runs = [tokens[piece] if isinstance(piece, int) else texts[place] for place, piece in enumerate(pieces)]
-        ids = self.wrap(list(chain.from_iterable(runs)))
+        plain = [Text(piece) if isinstance(piece, str) else piece for piece in pieces]
+        runs = gather(self._chat_parts(pieces, instruction) if self.chat else plain, self.margin)
+        texts, lost = self._fit([run for run in runs if isinstance(run, list)], self.text_budget(sum(map(len, tokens.values()))))
+        text, ids = iter(texts), list[int]()
+        for run in runs:
+            ids += tokens[run] if isinstance(run, int) else run if isinstance(run, tuple) else next(text)
+        ids = self._complete(ids) if self.chat else self.wrap(ids)
         if not ids:
             raise DataError("prompt has neither text nor image: there is nothing to embed")
-        return Features(torch.tensor(ids, dtype=torch.long), [inputs[index] for index in order], cut)
+        return Features(torch.tensor(ids, dtype=torch.long), [inputs[index] for index in order], lost)
+
+    def image_tokens_estimate(self, width: int, height: int) -> int:
+        """How many ids a picture of this size will take, after `model.resize`: arithmetic only, so that it can be asked before decoding."""
+        return self.count_image_tokens(*([self.edge_after_resize] * 2 if self.edge_after_resize else (width, height)))
+
+    @property
+    def edge_after_resize(self) -> int | None:
+        """Edge of the square that every picture is squashed to before the family sees it; None to leave pictures as they are."""
+        size = self.options.resize
+        return RESOLUTIONS[size] if isinstance(size, str) else size
 
     def wrap(self, ids: list[int]) -> list[int]:
         """`ids` between the tokens that the tokenizer's own template puts around a text, such as [CLS] and [SEP] or a beginning of text."""
@@ -169,6 +196,7 @@ class Processor(ABC):
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "image_token_id": self.image_token_id,
             "options": [getattr(self.options, key) for key in FEATURE_OPTIONS],
+            "chat_template": self.chat and self.chat.template,
             "backend": ["pil", version("pillow"), version("transformers"), version("tokenizers")],
         }
         return digest(parts)
@@ -208,32 +236,42 @@ class Processor(ABC):
             raise DataError(f"text holds a lone surrogate at character {error.start}, after {before!r}") from None
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def _fit(self, pieces: Sequence[str | int], budget: int) -> tuple[dict[int, list[int]], int]:
-        """Token ids of the text pieces by their place, at most `budget` in all, and how many were cut.
+    def _fit(self, runs: Sequence[Run], budget: int) -> tuple[list[list[int]], int]:
+        """Token ids of each run of text, at most `budget` of them the item's own, and how many of those were cut."""
+        ids = whole(runs, self._encode)
+        total = sum(map(len, ids))
+        own = total - sum(len(self._encode(text.words)) for run in runs for text in run if not text.own)
+        if own <= budget:
+            return ids, 0
+        self._warn(own, budget)
+        ids = cut(runs, budget, self._encode)
+        return ids, total - sum(map(len, ids))
 
-        Tokens go from the end, except the newlines that end a prompt: an embedding is often read from the last one.
-        """
-        texts = {place: self._encode(piece) for place, piece in enumerate(pieces) if isinstance(piece, str)}
-        total = sum(map(len, texts.values()))
-        if total <= budget:
-            return texts, 0
-        self._warn(total, budget)
-        last = len(pieces) - 1
-        tail: list[int] = []
-        if isinstance(ending := pieces[last], str):
-            body = ending.rstrip("\n")
-            texts[last], tail = self._encode(body), self._encode_newlines(len(ending) - len(body))[:budget]
-        room = budget - len(tail)
-        for place, ids in texts.items():
-            texts[place] = ids[:room]
-            room -= len(texts[place])
-        if tail:
-            texts[last] += tail
-        return texts, total - sum(map(len, texts.values()))
+    def _chat_template(self) -> ChatTemplate:
+        """The checkpoint's own template, from where old or new repositories keep it."""
+        stored = json.loads(self.assets.get("chat_template.json", "{}")).get("chat_template")
+        template = self.tokenizer.chat_template or stored
+        if not isinstance(template, str):
+            raise ModelError(f"the model has no chat template; {RAW}")
+        return ChatTemplate(self.tokenizer, template, self.chat_mark or self.image_token, self.options.ending or "")
 
-    def _encode_newlines(self, count: int) -> list[int]:
-        """Ids of newlines at the end of a text; by themselves they would get the space that some tokenizers put in front of every text."""
-        return self._encode("a" + "\n" * count)[len(self._encode("a")) :]
+    def _chat_parts(self, pieces: Sequence[str | int], instruction: str) -> Sequence[PromptPart]:
+        """The turns of a chat. Newlines around texts go: they set pictures and texts apart in raw prompts, which the template does here."""
+        bare = [piece.strip("\n") if isinstance(piece, str) else piece for piece in pieces]
+        content = [piece for piece in bare if piece != ""]
+        if not content or self.chat is None:
+            raise DataError("prompt has neither text nor image: there is nothing to embed")
+        return self.chat.parts(instruction or self.options.system or "", content)
+
+    def _complete(self, ids: list[int]) -> list[int]:
+        """`ids` of a chat with the tokenizer's own first and last tokens where the template did not write them."""
+        start = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
+        end = [] if ids[len(ids) - len(self.suffix) :] == self.suffix else self.suffix
+        return [*start, *ids, *end]
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        edge = self.edge_after_resize
+        return image.resize((edge, edge), Image.Resampling.BICUBIC) if edge else image
 
     def _warn(self, total: int, budget: int) -> None:
         if total > MUCH_TOO_LONG * budget and not self._warned:

@@ -63,7 +63,7 @@ class Idefics3Processor(Processor):
         rows, columns = inputs["grid"].tolist()
         return self._expansion(rows, columns)
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """Length of the expansion for a picture of this size."""
         return len(self._expansion(*self._grid(width, height)))
 

@@ -60,7 +60,7 @@ class Phi3VProcessor(Processor):
         height, width = (inputs["image_sizes"] // self.image_processor.side).tolist()
         return [self.image_token_id] * self.image_processor.count_tokens(height, width) + self.prefix
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of the grid that this size falls into."""
         return self.image_processor.count_tokens(*self.image_processor.grid(width, height)) + len(self.prefix)
 

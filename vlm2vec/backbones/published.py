@@ -7,25 +7,15 @@ cache. Nothing is guessed from the weights: the same layout of tensors was train
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from vlm2vec.config import ModelConfig
-from vlm2vec.log import get_logger
 from vlm2vec.strict_yaml import Node, dump_plain, parse
 
 TABLE = Path(__file__).with_suffix(".yaml")
 CACHED = "models--"  # start of a repository's folder in a Hub cache: models--owner--name
-
-# Settings that the table documents and this version does not apply, each with the value for what it does anyway (None: there is none).
-DOCUMENTED_ONLY: dict[str, Any] = {
-    "prompt": "raw",  # text as it is, against the family's chat format
-    "system": None,  # system text of the chat format
-    "resize": None,  # pictures are squashed to this many pixels on both sides before anything else
-}
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +30,6 @@ class Checkpoint:
     temperature: float | None
     oracle: str | None
     note: str
-
-    def applied(self) -> dict[str, Any]:
-        """The settings that a ModelConfig has a key for."""
-        known = {field.name for field in fields(ModelConfig)}
-        return {key: value for key, value in self.model.items() if key in known}
-
-    def documented(self) -> dict[str, Any]:
-        """The settings that are not applied, where that makes a difference."""
-        rest = self.model.keys() - self.applied().keys()
-        return {key: value for key, value in self.model.items() if key in rest and value != DOCUMENTED_ONLY.get(key)}
 
 
 @cache
@@ -72,18 +52,13 @@ def find(called: str) -> str | None:
 
 
 def settings(called: str) -> dict[str, Any]:
-    """What an encoder of ours would have saved for the model that `called` names; empty for one that is not in the table.
-
-    Warns of settings that the model was published with and that this version does not apply.
-    """
+    """What an encoder of ours would have saved for the model that `called` names; empty for one that is not in the table."""
     name = find(called)
     if name is None:
         return {}
     entry = checkpoints()[name]
-    if unapplied := entry.documented():
-        logger.warning("%s was published with %s, which is not applied; its embeddings will differ", name, _inline(unapplied))
     base = {"path": entry.base, "revision": None} if entry.layout == "adapter" else None
-    return {"model": entry.applied(), "base": base}
+    return {"model": entry.model, "base": base}
 
 
 def _inline(values: dict[str, Any]) -> str:
@@ -101,8 +76,7 @@ def _section(name: str, entry: Checkpoint) -> str:
     lines = [
         f"## {name}\n",
         f"- {made}; model type `{entry.family}`; embeddings of {entry.width} numbers",
-        f"- applied on loading: `{_inline(entry.applied())}`",
-        *([f"- published with, and not applied: `{_inline(entry.documented())}`"] if entry.documented() else []),
+        f"- applied on loading: `{_inline(entry.model)}`",
         f"- temperature of its training: {entry.temperature or 'unknown'}",
         f"- checked against: {checked}",
         f"- {entry.note}",

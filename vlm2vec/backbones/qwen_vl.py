@@ -1,8 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL (arXiv 2409.12191, 2502.13923, 2511.21631): pictures at their own resolution, 3-D positions.
 
-A picture becomes bare `<|image_pad|>` tokens, one per merged patch, as in VLM2Vec's prompts: no vision_start or vision_end around
-them, no chat template. The published VLM2Vec code finds pictures by their vision_start, hence found none and gave every token the next
-position: `positions: flat` repeats that for the models trained with it.
+In a raw prompt a picture becomes bare `<|image_pad|>` tokens, one per merged patch, as in VLM2Vec's prompts; the chat template of these
+models puts vision_start and vision_end around them. The published VLM2Vec code finds pictures by their vision_start, hence found none and
+gave every token the next position: `positions: flat` repeats that for the models trained with it.
 
 Shape letters: C items in a chunk, L tokens, P patches.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2VLImageProcessorPil
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.toy import CHAT, byte_tokenizer, write_checkpoint
 from vlm2vec.collate import Features, pad_tokens
 from vlm2vec.errors import ImageError
 
@@ -46,7 +46,7 @@ class QwenVLProcessor(Processor):
         """One token per merge x merge patches."""
         return [self.image_token_id] * (int(inputs["image_grid_thw"].prod()) // self.image_processor.merge_size**2)
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of a picture after the family's resizing."""
         _check_aspect(width, height)
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
@@ -115,6 +115,7 @@ class QwenVL(Backbone):
         model_type = model_type or cls.model_types[0]
         named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
         tokenizer = byte_tokenizer(named, ["<|im_start|>", "<|vision_start|>", "<|vision_end|>"])
+        tokenizer.chat_template = CHAT.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>")
         roles = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
         config = AutoConfig.for_model(
             model_type,

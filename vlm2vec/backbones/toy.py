@@ -12,6 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 VLM = "AutoModelForImageTextToText"
+CHAT = (  # turns between two control tokens; PICTURE is what stands for a picture
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n"
+    "{% if turn.content is string %}{{ turn.content }}{% else %}{% for part in turn.content %}"
+    "{% if part.type == 'image' %}PICTURE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def byte_tokenizer(
@@ -45,8 +51,18 @@ def new_model(config: Any, seed: int = 0, auto_class: str = VLM) -> Any:
         return getattr(transformers, auto_class).from_config(config)
 
 
-def write_checkpoint(to: Path, config: Any, tokenizer: Any, image_processor: Any, seed: int = 0, auto_class: str = VLM) -> Path:
-    """Write a randomly initialised model of `config` with its tokenizer and image processor."""
-    for piece in (new_model(config, seed, auto_class), tokenizer, image_processor):
+def write_checkpoint(
+    to: Path, config: Any, tokenizer: Any, image_processor: Any, seed: int = 0, auto_class: str = VLM, wake: float = 0.0
+) -> Path:
+    """Write a randomly initialised model of `config` with its tokenizer and image processor.
+
+    `wake` fills tensors that a new model leaves at zero with normal noise of that spread: a gate at zero would hide what lies behind it.
+    """
+    model = new_model(config, seed, auto_class)
+    if wake:
+        stream = torch.Generator().manual_seed(seed)
+        for tensor in (parameter.data for parameter in model.parameters() if not parameter.any()):
+            tensor.copy_(wake * torch.randn(tensor.shape, generator=stream))
+    for piece in (model, tokenizer, image_processor):
         piece.save_pretrained(str(to))
     return to

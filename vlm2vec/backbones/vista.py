@@ -155,7 +155,7 @@ class VistaProcessor(Processor):
         """G image tokens."""
         return [self.image_token_id] * self.tokens_per_image
 
-    def image_tokens_estimate(self, width: int, height: int) -> int:
+    def count_image_tokens(self, width: int, height: int) -> int:
         """G, whatever the size."""
         return self.tokens_per_image
 

@@ -1,0 +1,67 @@
+"""What the families share that write a picture into the token sequence as the features of its tiles.
+
+A tile is a square that the vision tower sees at once; a projector turns it into features, and each takes the place of one image token.
+
+Shape letters: C items in a chunk, L tokens, T tiles of a picture, E edge of a tile in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm2vec.backbones.base import Backbone, Part, Processor
+from vlm2vec.collate import Features
+from vlm2vec.errors import ModelError
+
+
+class TileProcessor(Processor):
+    """Pictures as (T, 3, E, E) tiles. The tiles of a chunk follow each other row after row, so none is computed in vain."""
+
+    picture_inputs: tuple[str, ...] = ("pixel_values",)  # what the model needs of a picture, each joined along its first dimension
+
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """`pixel_values` (T, 3, E, E) and what else `picture_inputs` names."""
+        made = self.image_processor(image, return_tensors="pt")
+        return {name: made[name] for name in self.picture_inputs}
+
+    def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
+        """`position_ids` (C, L) and the joined `picture_inputs` of all rows."""
+        images = [image for row in rows for image in row.images]
+        joined = {name: torch.cat([image[name] for image in images]) for name in (self.picture_inputs if images else ())}
+        return {"position_ids": self.positions(rows), **joined}
+
+    def id_of(self, token: str) -> int:
+        """The id of a marker that the family's prompts need. Raises ModelError if the tokenizer lacks it."""
+        if token not in self.tokenizer.get_vocab():
+            raise ModelError(f"tokenizer has no token {token}, which this family puts around a picture; it does not belong to this model")
+        return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+class TileBackbone(Backbone):
+    """A vision tower, a projector and a language model under the names that most families use."""
+
+    parts: dict[str, Part] = {
+        "vision_tower": "vision",
+        "vision_model": "vision",
+        "multi_modal_projector": "projector",
+        "image_newline": "projector",
+        "language_model": "language",
+        "lm_head": "head",
+    }
+    tower_names = ("model.vision_tower", "model.multi_modal_projector")
+
+
+def small(layers: int = 2, heads: int = 4, **others: Any) -> dict[str, Any]:
+    """The sizes of a transformer in a miniature, under the names of its configuration."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "initializer_range": 0.2, **others}
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids of padding, beginning and end of text under the names of a text configuration."""
+    return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
