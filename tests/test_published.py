@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,10 +224,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_known_checkpoint_is_loaded_by_its_name_with_its_settings(cache: Path, tmp_path: Path) -> None:
-    encoder = Encoder.from_pretrained("TIGER-Lab/VLM2Vec-Qwen2VL-2B", device="cpu")
-    options = encoder.options
+    options = Encoder.from_pretrained("TIGER-Lab/VLM2Vec-Qwen2VL-2B", device="cpu").options
     assert (options.path, options.pooling, options.padding_side, options.positions) == ("Qwen/Qwen2-VL-2B-Instruct", "last", "left", "flat")
     assert (options.max_tokens, options.min_pixels, options.max_pixels) == (4096, 3136, 12845056)
+    assert (options.prompt, options.resize) == ("raw", 1344)
+    encoder = Encoder.from_pretrained("TIGER-Lab/VLM2Vec-Qwen2VL-2B", device="cpu", resize=None)  # the outputs are of small pictures
     assert farthest(states(encoder)) <= CLOSE
     assert Encoder.from_pretrained("TIGER-Lab/VLM2Vec-Qwen2VL-2B", device="cpu", max_tokens=9).options.max_tokens == 9
     encoder.save_pretrained(tmp_path / "ours")
@@ -234,10 +236,11 @@ def test_a_known_checkpoint_is_loaded_by_its_name_with_its_settings(cache: Path,
 
 
 def test_a_known_adapter_on_a_base_elsewhere_and_a_snapshot_given_as_folder(cache: Path) -> None:
-    expected = states(Encoder.from_pretrained("TIGER-Lab/VLM2Vec-Qwen2VL-2B", device="cpu"))
-    assert torch.equal(states(Encoder.from_pretrained(BASE, adapter="TIGER-Lab/VLM2Vec-Qwen2VL-2B", device="cpu")), expected)
+    options: dict[str, Any] = {"device": "cpu", "resize": None}  # the pictures are small
+    expected = states(Encoder.from_pretrained("TIGER-Lab/VLM2Vec-Qwen2VL-2B", **options))
+    assert torch.equal(states(Encoder.from_pretrained(BASE, adapter="TIGER-Lab/VLM2Vec-Qwen2VL-2B", **options)), expected)
     snapshot = cache / "models--TIGER-Lab--VLM2Vec-Qwen2VL-2B" / "snapshots" / ("a" * 40)
-    assert torch.equal(states(Encoder.from_pretrained(snapshot, device="cpu")), expected)
+    assert torch.equal(states(Encoder.from_pretrained(snapshot, **options)), expected)
 
 
 def test_a_cached_revision_is_found_by_its_commit_and_another_is_missed(cache: Path) -> None:
