@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.backbones.common import embed, mixed_items, picture, stock_processor
-from vlm2vec.backbones import load_backbone
+from vlm2vec.backbones import load_backbone, registry
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ImageError, RecipeError
@@ -48,6 +49,16 @@ def test_positions_and_states_equal_those_of_the_model_itself(tiny: Tiny, model_
     with torch.no_grad():
         states = backbone.model.model(**inputs, mm_token_type_ids=types, pixel_values=batch["pixel_values"]).last_hidden_state
         assert torch.equal(backbone.hidden(batch), states)
+
+
+def test_code_that_comes_with_the_weights_is_left_alone(tmp_path: Path) -> None:
+    folder = registry()["qwen2_vl"].tiny_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "modeling_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Model: ...\n")
+    automatic = {"AutoConfig": "modeling_x.Model", "AutoModel": "modeling_x.Model", "AutoModelForImageTextToText": "modeling_x.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": automatic}))
+    assert type(load_backbone(ModelConfig(path=str(folder))).model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_text_alone_has_equal_positions_on_all_axes(tiny: Tiny) -> None:

@@ -100,6 +100,7 @@ class QwenVL(Backbone):
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     processor_class = QwenVLProcessor
+    ignores_shipped_code = True  # some embedding models, GME among them, come with a class of their own around these weights
     parts: dict[str, Part] = {
         "merger": "projector",
         "deepstack_merger_list": "projector",

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # Half the smallest published temperature (0.01), and the plain cosine: a learnable temperature is projected into this range.
 TEMPERATURE_RANGE = (0.005, 1.0)
-SCORES = 2**20  # similarities held at once: 4 MiB in float32, and a few temporaries of that size
+SCORES = 2**18  # similarities held at once: 1 MiB in float32, and a few temporaries of that size
 
 
 class InfoNCE(nn.Module):
