@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded benchmark, built for this session."""
+    """The embedded benchmark, built once."""
     folder = tmp_path_factory.mktemp("data") / "mini"
     assert main(["data", "get", "mini", "--to", str(folder)]) == 0
     return folder
