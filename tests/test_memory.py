@@ -46,7 +46,7 @@ def peaks(pairs: int) -> tuple[int, int]:
     The allocator gives freed blocks back at once: the question is what a step holds, not what a heap keeps for later.
     """
     root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", PROBE, str(pairs)], capture_output=True, text=True, cwd=root, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = done.stdout.split()[-2:]

@@ -17,8 +17,7 @@ from transformers import AutoConfig
 from tests.backbones.common import embed, mixed_items, picture, stock_processor
 from vlm2vec.backbones import load_backbone
 from vlm2vec.backbones.base import Backbone, Processor
-from vlm2vec.backbones.tiles import small
-from vlm2vec.backbones.toy import write_checkpoint
+from vlm2vec.backbones.toy import small, write_checkpoint
 from vlm2vec.config import ModelConfig
 
 Tiny = Callable[..., Backbone]

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm2vec.backbones.idefics3 import FAKE, GLOBAL, family_config, family_image_processor, family_tokenizer, sizes
-from vlm2vec.backbones.toy import new_model, write_checkpoint
+from vlm2vec.backbones.idefics3 import FAKE, GLOBAL, family_config, family_image_processor, family_tokenizer
+from vlm2vec.backbones.toy import new_model, sizes, write_checkpoint
 from vlm2vec.backbones.vista import IMAGE_TOKEN, TOWER, Projector, VistaConfig, image_processor
 from vlm2vec.backbones.weights import check_sha256, read_published_weights
 from vlm2vec.errors import ModelError

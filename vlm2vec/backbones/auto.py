@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
 from vlm2vec.backbones.loading import load_model
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.toy import byte_tokenizer, sizes, small, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ModelError
@@ -96,11 +96,16 @@ class AutoBackbone(Backbone):
         """A LLaVA of about 60 k parameters; 16 tokens a picture."""
         named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>"}
         tokenizer = byte_tokenizer(named, frame="<s> $A")
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = AutoConfig.for_model(
             "llava",
-            text_config={"model_type": "llama", "vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 0.2, **sizes},
-            vision_config={"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, "projection_dim": 32, **sizes},
+            text_config=small(model_type="llama", vocab_size=len(tokenizer), num_key_value_heads=2),
+            vision_config={
+                "model_type": "clip_vision_model",
+                "image_size": 32,
+                "patch_size": 8,
+                "projection_dim": 32,
+                **sizes(32, 64, layers=2, heads=4),
+            },
             image_token_index=tokenizer.image_token_id,
             image_seq_length=16,
         )

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, Gemma3ImageProcessorPil
 
 from vlm2vec.backbones.base import Assets
-from vlm2vec.backbones.tiles import TileBackbone, TileProcessor, small, special_ids
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
+from vlm2vec.backbones.toy import byte_tokenizer, small, special_ids, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
 

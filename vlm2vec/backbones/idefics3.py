@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from vlm2vec.backbones.base import Assets, Backbone, Part, Processor
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.toy import byte_tokenizer, sizes, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import RecipeError
@@ -129,11 +129,6 @@ class Idefics3(Backbone):
         vision = sizes(32, 64, layers=2, heads=2) | {"image_size": 32, "patch_size": 8, "initializer_range": 0.2}
         config = family_config(model_type, tokenizer, text, vision, scale_factor=2)
         return write_checkpoint(to, config, tokenizer, family_image_processor(model_type, tile=32, longest=64), seed)
-
-
-def sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
-    """The four sizes of a transformer under the names of its configuration."""
-    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
 def family_tokenizer(words: Iterable[str] = (), size: int = 256) -> Any:

@@ -18,8 +18,8 @@ from transformers import AutoConfig, LlavaNextImageProcessorPil, LlavaOnevisionI
 from transformers.image_processing_utils import select_best_resolution
 
 from vlm2vec.backbones.base import Assets
-from vlm2vec.backbones.tiles import TileBackbone, TileProcessor, small
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
+from vlm2vec.backbones.toy import byte_tokenizer, small, write_checkpoint
 from vlm2vec.config import ModelConfig
 
 MUCH_LARGER = 1.1  # LLaVA-OneVision shrinks a grid whose edges exceed its bound by more than this factor

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, MllamaImageProcessorPil
 
-from vlm2vec.backbones.tiles import TileBackbone, TileProcessor, small, special_ids
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
+from vlm2vec.backbones.toy import byte_tokenizer, small, special_ids, write_checkpoint
 from vlm2vec.collate import Features
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from vlm2vec.backbones.base import Assets, Backbone, Part, Processor
 from vlm2vec.backbones.phi3_v_image import Phi3VImageProcessor
 from vlm2vec.backbones.phi3_v_model import Phi3VConfig
-from vlm2vec.backbones.toy import write_checkpoint
+from vlm2vec.backbones.toy import small, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ModelError
@@ -109,12 +109,8 @@ class Phi3V(Backbone):
 
 
 TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    **small(),
     "num_key_value_heads": 2,
-    "initializer_range": 0.2,
     "max_position_embeddings": 1024,
     "original_max_position_embeddings": 128,
     "sliding_window": 4096,

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2VLImageProcessorPil
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
-from vlm2vec.backbones.toy import CHAT, byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.toy import CHAT, byte_tokenizer, small, write_checkpoint
 from vlm2vec.collate import Features, pad_tokens
 from vlm2vec.errors import ImageError
 
@@ -128,14 +128,10 @@ class QwenVL(Backbone):
 
 
 TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    **small(),
     "num_key_value_heads": 2,
     "head_dim": 8,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    "initializer_range": 0.2,
 }
 TINY_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "hidden_size": 32, "patch_size": 14, "initializer_range": 0.1}
 TINY_VISION_OF: dict[str, dict[str, Any]] = {

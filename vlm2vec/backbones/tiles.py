@@ -8,7 +8,6 @@ Shape letters: C items in a chunk, L tokens, T tiles of a picture, E edge of a t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -54,14 +53,3 @@ class TileBackbone(Backbone):
         "lm_head": "head",
     }
     tower_names = ("model.vision_tower", "model.multi_modal_projector")
-
-
-def small(layers: int = 2, heads: int = 4, **others: Any) -> dict[str, Any]:
-    """The sizes of a transformer in a miniature, under the names of its configuration."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return {**sizes, "initializer_range": 0.2, **others}
-
-
-def special_ids(tokenizer: Any) -> dict[str, int]:
-    """The ids of padding, beginning and end of text under the names of a text configuration."""
-    return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}

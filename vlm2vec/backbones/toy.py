@@ -44,6 +44,21 @@ def byte_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, extra_special_tokens=extra)
 
 
+def sizes(width: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
+    """The four sizes of a transformer under the names of its configuration."""
+    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads}
+
+
+def small(layers: int = 2, heads: int = 4, **others: Any) -> dict[str, Any]:
+    """The sizes of a transformer in a miniature, under the names of its configuration."""
+    return {**sizes(32, 64, layers, heads), "initializer_range": 0.2, **others}
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids of padding, beginning and end of text under the names of a text configuration."""
+    return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
+
+
 def new_model(config: Any, seed: int = 0, auto_class: str = VLM) -> Any:
     """A randomly initialised model of `config`; leaves the global random state as it was."""
     with torch.random.fork_rng():

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from vlm2vec.backbones.base import Assets, Backbone, Part, Processor
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.toy import byte_tokenizer, small, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import DataError
@@ -192,10 +192,9 @@ class Vista(Backbone):
         tokenizer = byte_tokenizer(
             {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "image_token": IMAGE_TOKEN}, frame="[CLS] $A [SEP]"
         )
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 1024}
         config = VistaConfig(
-            text_config={**sizes, **tokens, "initializer_range": 0.2},
+            text_config=small(**tokens),
             vision_config={**TOWER, "depth_multiplier": 0.15, "finegrained_output": False, "initializer_range": 0.3},
             image_token_id=tokenizer.image_token_id,
             image_size=64,

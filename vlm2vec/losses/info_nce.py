@@ -88,7 +88,8 @@ class InfoNCE(nn.Module):
         """
         dtype = torch.promote_types(query_BD.dtype, torch.float32)
         query_BD, target_ND = query_BD.to(dtype), target_ND.to(dtype)
-        query_group_B, query_copies_B = _groups(torch.arange(len(query_BD), device=query_BD.device) if query_id_B is None else query_id_B)
+        row_B = torch.arange(len(query_BD), device=query_BD.device)
+        query_group_B, query_copies_B = _groups(row_B if query_id_B is None else query_id_B)
         target_group_N, target_copies_N = _groups(target_id_N)
         query_copies_B, target_copies_N = query_copies_B.to(dtype), target_copies_N.to(dtype)
         pair_2B = torch.stack([query_group_B, target_group_N[positive_B]])
@@ -105,7 +106,7 @@ class InfoNCE(nn.Module):
             related_RB = _related(target_group_N[row_R], query_group_B, pair_2B.flip(0))
             return (_anchor_losses(cosine_RB / temperature, related_RB, query_copies_B, self.options.duplicates),)
 
-        loss_B, hit_B, negative_B, negatives_B, others_B = _in_tiles(to_targets, torch.arange(len(query_BD)), len(target_ND))
+        loss_B, hit_B, negative_B, negatives_B, others_B = _in_tiles(to_targets, row_B, len(target_ND))
         loss = loss_B.mean()
         if self.options.symmetric:
             row_P = torch.isin(target_group_N, pair_2B[1]).nonzero()[:, 0]

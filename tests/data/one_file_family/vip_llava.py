@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPImageProcessorPil
 
 from vlm2vec.backbones.base import Assets
-from vlm2vec.backbones.tiles import TileBackbone, TileProcessor, small
-from vlm2vec.backbones.toy import byte_tokenizer, write_checkpoint
+from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
+from vlm2vec.backbones.toy import byte_tokenizer, small, write_checkpoint
 from vlm2vec.config import ModelConfig
 
 
