@@ -19,8 +19,30 @@ Split = Literal["IND", "OOD"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Known:
+    """Where the facts of a row come from: names of entries of `sources`."""
+
+    counts: str | None = None
+    prompts: str | None = None
+    distinct: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A source of facts, named by `Known`."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetSpec:
-    """One evaluation set. `path` is its folder below the data root; `queries` rows with `candidates` candidates each (the median)."""
+    """One evaluation set. `path` is its folder below the data root; `queries` rows with `candidates` candidates each (the median).
+
+    `scope` global: one corpus of `candidates` entries for all queries. `distinct` counts the different candidates of a local set. `query`
+    and `target` show how a row reads, {text} standing for its own words and a backslash with n for a newline. `train` is the training set
+    it belongs to.
+    """
 
     name: str
     meta_task: MetaTask
@@ -30,19 +52,33 @@ class SetSpec:
     target_modality: str
     queries: int
     candidates: int
+    scope: Literal["local", "global"] = "local"
+    metric: str = "precision@1"
+    distinct: int | None = None
+    query: str = ""
+    target: str = ""
+    train: str | None = None
     source: str
     licence: str
     note: str = ""
+    known: Known = Known()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """One training set that belongs to the suite; evaluation does not read it."""
+    """One training set that belongs to the suite; evaluation does not read it.
+
+    `rows` is exact, or rounded to a multiple of `rounded`. `query` and `target` are given where they differ from the evaluation set's.
+    """
 
     name: str
     path: str
     meta_task: MetaTask
     rows: int
+    rounded: int = 1
+    query: str = ""
+    target: str = ""
+    known: Known = Known()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +90,7 @@ class _Sheet:
     root: str
     sets: tuple[SetSpec, ...]
     train: tuple[TrainSpec, ...] = ()
+    sources: tuple[Origin, ...] = ()
 
 
 @dataclass(frozen=True)
