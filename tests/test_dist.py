@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,31 +10,6 @@ import torch
 from vlm2vec import dist
 
 Ranks = Callable[..., None]
-
-
-@pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """Run a function as `world` processes of one group; fails unless all return."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-    def run(function: Callable[[int], None], world: int = 2) -> None:
-        children = [_child(function, rank, world, tmp_path / "store") for rank in range(world)]
-        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * world
-
-    return run
-
-
-def _child(function: Callable[[int], None], rank: int, world: int, store: Path) -> int:
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", f"file://{store}", timedelta(seconds=20), rank=rank, world_size=world)
-        function(rank)
-        code = 0
-    finally:
-        os._exit(code)
 
 
 def test_without_a_group_there_is_one_rank() -> None:

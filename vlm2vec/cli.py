@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec import log
+from vlm2vec.commands import eval as eval_command
 from vlm2vec.errors import InputError, Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
@@ -25,11 +26,6 @@ TRAIN_HELP = """Train a recipe from its newest checkpoint, or from the start; ev
   vlm2vec train recipes/quickstart.yaml --tiny                 every code path in seconds on a CPU
   vlm2vec train recipes/quickstart.yaml train.lr=1e-4 run.dir=runs/lr1e-4
   accelerate launch train.py recipes/quickstart.yaml           the same on several processes"""
-
-EVAL_HELP = """precision@1 with 95 % intervals on a benchmark suite.
-
-  vlm2vec eval runs/quickstart/model --suite mini
-  vlm2vec eval builtin/vista-minilm --suite mini --limit 50"""
 
 ENCODE_HELP = """Embed items into a safetensors file with one unit row each.
 
@@ -47,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--verbose", action="store_true", help="log details, and show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     _train_arguments(_command(commands, "train", "train, evaluate and report from a recipe", TRAIN_HELP))
-    _eval_arguments(_command(commands, "eval", "evaluate a model on a suite", EVAL_HELP))
+    evaluation = _command(commands, "eval", "evaluate a model on a suite", eval_command.HELP)
+    eval_command.arguments(evaluation)
+    evaluation.set_defaults(run=_eval)
     _encode_arguments(_command(commands, "encode", "embed the items of a JSONL file", ENCODE_HELP))
     _data_arguments(_command(commands, "data", "build benchmark data", DATA_HELP))
     keys = _command(commands, "keys", "list every key of a recipe with type, default and meaning", "Every key of a recipe.")
@@ -70,24 +68,6 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--fresh", action="store_true", help="forget an earlier run in the same folder")
     command.set_defaults(run=_train)
-
-
-def _eval_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="a folder, a Hub id or builtin/<name>")
-    command.add_argument("--suite", default="mini", help="a name under benchmarks/ or a datasets.yaml (default: mini)")
-    command.add_argument("--adapter", help="an adapter folder on top of the model")
-    command.add_argument("--root", help="folder of the suite's data (default: what the suite names)")
-    command.add_argument("--subset", nargs="+", help="only these sets")
-    command.add_argument("--limit", type=int, help="at most this many queries per set")
-    command.add_argument(
-        "--ties", choices=["pessimistic", "reference"], default="pessimistic", help="what a tie with another candidate counts as"
-    )
-    command.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    command.add_argument(
-        "--allow-missing", action="store_true", help="report sets whose data is missing instead of stopping; withholds the means"
-    )
-    command.add_argument("--to", help="folder for results and report (default: runs/eval/<model>)")
-    command.set_defaults(run=_eval)
 
 
 def _encode_arguments(command: argparse.ArgumentParser) -> None:
@@ -132,28 +112,7 @@ def _dry_run(recipe: Any) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from vlm2vec import io
-    from vlm2vec.encoder import Encoder
-    from vlm2vec.evaluate import evaluate, load_suite
-    from vlm2vec.report import table, write_report
-
-    suite = load_suite(arguments.suite, arguments.root)
-    encoder = Encoder.from_pretrained(arguments.model, arguments.adapter)
-    encoder.precision = arguments.precision
-    target = Path(arguments.to or f"runs/eval/{Path(arguments.model).name}")
-    results = evaluate(
-        encoder,
-        suite,
-        cache_dir=target / "cache",
-        limit=arguments.limit,
-        subsets=arguments.subset,
-        ties=arguments.ties,
-        allow_missing=arguments.allow_missing,
-    )
-    io.write_json(target / "results.json", results)
-    paths = write_report(target, results, images_root=suite.root)
-    _say(table(results))
-    _say(f"wrote {target / 'results.json'} and {paths['html']}")
+    eval_command.run(arguments, _say)
 
 
 def _encode(arguments: argparse.Namespace) -> None:

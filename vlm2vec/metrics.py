@@ -131,3 +131,8 @@ def _resample(correct: Scored, samples: int, seed: int, name: str) -> NDArray[np
     value_V, count_V = np.unique(value_Q, return_counts=True)
     stream = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
     return stream.multinomial(len(value_Q), count_V / len(value_Q), size=samples) @ value_V / len(value_Q)
+
+
+def per_query(name, positions, grades):
+    f,_,k=name.partition("@"); k=int(k)
+    return np.array([float((p.min()<=k)) for p in positions])

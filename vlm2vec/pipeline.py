@@ -86,19 +86,19 @@ def _results(recipe: Recipe, suite: Suite | None, file: Path, encoder: Callable[
     if file.exists():
         return io.read_json(file)
     options = recipe.evaluate
-    results = evaluate(
+    evaluation = evaluate(
         encoder().to("cuda" if torch.cuda.is_available() else "cpu"),
         suite,
         file.parent / "cache",
         limit=options.limit,
-        ties=options.ties,
+        protocol=options.protocol,
         bootstrap=options.bootstrap,
         chunk_tokens=options.chunk_tokens,
         recipe_digest=recipe.digest,
     )
     if dist.is_main():
-        io.write_json(file, results)
-    return results
+        evaluation.write(file)
+    return evaluation.results
 
 
 def _report(recipe: Recipe, suite: Suite, before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Path]:

@@ -206,7 +206,7 @@ class EvaluateConfig:
     after: bool = _key("evaluate after the last step", True)
     limit: int | None = _key("queries per set; null means all", None, ">= 1")
     chunk_tokens: int = _key("padded tokens encoded at once", 32768, "> 0")
-    ties: Literal["pessimistic", "reference"] = _key("who wins equal scores: the others, or the lowest index", "pessimistic")
+    protocol: Literal["strict", "reference"] = _key("strict: a tie is a miss; reference: the choices of VLM2Vec's own evaluation", "strict")
     bootstrap: int = _key("resamples for the confidence intervals; 0 means none", 1000, ">= 0")
 
 
