@@ -28,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def run(root: Path, encoder: Any = None, cache: str = "cache", **options: Any) -> dict[str, Any]:
-    options = {"seed": SEED, "bootstrap": 200, **options}
+    options = {"seed": SEED, **options}
     return evaluate(encoder or Compass(), load_suite(root), root.parent / cache, **options).results
 
 
@@ -345,11 +345,6 @@ def test_subsets_and_unknown_ones(root: Path) -> None:
     assert results["means"]["overall"]["score"] == pytest.approx((sum(PENCIL["labels"]) + sum(PENCIL["crops"])) / 24)
     with pytest.raises(DataError, match="no set 'lables'; did you mean labels?"):
         run(root, subsets=["lables"])
-
-
-def test_no_bootstrap_no_interval(root: Path) -> None:
-    results = run(root, bootstrap=0)
-    assert {str(part["interval"]) for part in [*results["sets"].values(), *results["means"].values()]} == {"None"}
 
 
 def test_unknown_protocol(root: Path) -> None:

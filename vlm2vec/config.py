@@ -220,4 +220,4 @@ def _shrink_train(train: TrainConfig) -> TrainConfig:
 
 def _shrink_evaluate(evaluate: EvaluateConfig) -> EvaluateConfig:
     suite = evaluate.suite and "builtin/tiny"
-    return replace(evaluate, suite=suite, root=None, limit=4, chunk_tokens=256, bootstrap=min(evaluate.bootstrap, 20))
+    return replace(evaluate, suite=suite, root=None, limit=4, chunk_tokens=256)

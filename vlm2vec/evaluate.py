@@ -24,7 +24,7 @@ from vlm2vec.errors import DataError, InputError
 from vlm2vec.evalsets import Identity, Intake, take_in
 from vlm2vec.fill import fill
 from vlm2vec.io import digest
-from vlm2vec.metrics import bootstrap_interval
+from vlm2vec.metrics import interval
 from vlm2vec.scoring import Scored, Variant, score
 from vlm2vec.suite import MetaTask, SetSpec, Split, Suite, load_suite
 
@@ -80,7 +80,6 @@ def evaluate(
     limit: int | None = None,
     subsets: Sequence[str] | None = None,
     protocol: str = "strict",
-    bootstrap: int = 1000,
     seed: int = 17,
     variants: Sequence[Variant] = (),
     chunk_tokens: int = 32768,
@@ -92,7 +91,7 @@ def evaluate(
     """Score `encoder` on `suite`.
 
     `limit` keeps so many queries per set (a seeded choice, their candidates whole), `subsets` only the named sets. `variants` are scored
-    besides the embeddings as they are: fewer dimensions, coarser numbers. `bootstrap` resamples give the 95 % intervals; 0 gives none.
+    besides the embeddings as they are: fewer dimensions, coarser numbers.
     Embeddings are kept in `cache_dir` as they come, so that a killed run goes on where it was. Of several ranks each encodes its share, and
     all return the same scores. `progress` None shows the bars on a terminal only.
 
@@ -112,9 +111,9 @@ def evaluate(
     clock.lap("read")
     filled = fill(encoder, cache, intake, chunk_tokens, workers, progress)
     clock.lap("encode")
-    scored = [score(task, cache, rule.ties, variants, bootstrap, seed) for task in intake.tasks]
+    scored = [score(task, cache, rule.ties, variants) for task in intake.tasks]
     measured = {"protocol": protocol, "ties": rule.ties, "limit": limit, "subsets": sorted(subsets) if subsets else None}
-    described = _protocol(encoder, suite, intake, measured | {"bootstrap": bootstrap, "seed": seed})
+    described = _protocol(encoder, suite, intake, measured | {"seed": seed})
     results = {
         "format": FORMAT,
         "suite": suite.name,
@@ -124,8 +123,8 @@ def evaluate(
         "model": {"path": encoder.source, "fingerprint": fingerprint, "recipe_digest": recipe_digest},
         "versions": _versions(),
         "sets": {found.task.spec.name: found.entry() for found in scored},
-        "means": _means(suite.sets, {found.task.spec.name: found for found in scored}, None, bootstrap, seed),
-        "grid": list(_grid(suite.sets, scored, variants, bootstrap, seed)),
+        "means": _means(suite.sets, {found.task.spec.name: found for found in scored}, None),
+        "grid": list(_grid(suite.sets, scored, variants)),
         "missing": [{"name": name, "problems": found[:SHOWN]} for name, found in intake.problems.items()],
         "warnings": [found.warning for found in scored if found.warning],
         "examples": {found.task.spec.name: found.examples(intake.items, suite.root, seed) for found in scored},
@@ -181,13 +180,13 @@ def groups_of(sets: Sequence[SetSpec]) -> Groups:
 
 
 def _means(
-    sets: Sequence[SetSpec], found: Mapping[str, Scored], variant: int | None, bootstrap: int, seed: int
+    sets: Sequence[SetSpec], found: Mapping[str, Scored], variant: int | None
 ) -> dict[str, dict[str, Any]]:
-    return {name: _mean(group, found, variant, bootstrap, seed) for name, group in groups_of(sets).items()}
+    return {name: _mean(group, found, variant) for name, group in groups_of(sets).items()}
 
 
 def _mean(
-    group: Sequence[str] | Mapping[str, Sequence[str]], found: Mapping[str, Scored], variant: int | None, bootstrap: int, seed: int
+    group: Sequence[str] | Mapping[str, Sequence[str]], found: Mapping[str, Scored], variant: int | None
 ) -> dict[str, Any]:
     """Mean and interval of a group of sets, or of groups; None for both where a set of it is missing."""
     parts = dict(group) if isinstance(group, Mapping) else {"": group}
@@ -196,11 +195,11 @@ def _mean(
     values: dict[str, Any] = {key: {name: found[name].values(variant) for name in part} for key, part in parts.items()}
     score = fmean(fmean(float(value_Q.mean()) for value_Q in part.values()) for part in values.values())
     nested = values if isinstance(group, Mapping) else values[""]
-    return {"score": score, "interval": list(bootstrap_interval(nested, bootstrap, seed)) if bootstrap else None}
+    return {"score": score, "interval": list(interval(nested))}
 
 
 def _grid(
-    sets: Sequence[SetSpec], scored: Sequence[Scored], variants: Sequence[Variant], bootstrap: int, seed: int
+    sets: Sequence[SetSpec], scored: Sequence[Scored], variants: Sequence[Variant]
 ) -> Iterator[dict[str, Any]]:
     """A cell for each variant: scores of the sets and their means."""
     found = {each.task.spec.name: each for each in scored}
@@ -209,7 +208,7 @@ def _grid(
             "dims": variant.dims,
             "precision": variant.precision,
             "sets": {name: {"score": float(each.values(index).mean())} for name, each in found.items()},
-            "means": _means(sets, found, index, bootstrap, seed),
+            "means": _means(sets, found, index),
         }
 
 
@@ -229,7 +228,7 @@ def _protocol(encoder: Any, suite: Suite, intake: Intake, options: Mapping[str, 
         "scores": "float32, exact sums",
         "prompt_version": prompts.VERSION,
         "pooling": encoder.options.pooling,
-        "intervals": "95 % bootstrap over queries within each set",
+        "intervals": "95 %, Wilson with the effective sample size, over queries within each set",
     }
 
 

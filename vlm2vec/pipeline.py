@@ -92,7 +92,6 @@ def _results(recipe: Recipe, suite: Suite | None, file: Path, encoder: Callable[
         file.parent / "cache",
         limit=options.limit,
         protocol=options.protocol,
-        bootstrap=options.bootstrap,
         chunk_tokens=options.chunk_tokens,
         recipe_digest=recipe.digest,
     )

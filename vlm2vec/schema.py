@@ -207,7 +207,6 @@ class EvaluateConfig:
     limit: int | None = _key("queries per set; null means all", None, ">= 1")
     chunk_tokens: int = _key("padded tokens encoded at once", 32768, "> 0")
     protocol: Literal["strict", "reference"] = _key("strict: a tie is a miss; reference: the choices of VLM2Vec's own evaluation", "strict")
-    bootstrap: int = _key("resamples for the confidence intervals; 0 means none", 1000, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

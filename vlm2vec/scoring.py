@@ -19,7 +19,7 @@ from vlm2vec.data.types import Item
 from vlm2vec.errors import EnvError
 from vlm2vec.evalsets import Task, picture_name
 from vlm2vec.io import digest
-from vlm2vec.quantize import Variant
+from vlm2vec.quantize import Quantized, quantize
 from vlm2vec.ranking import Ranking, rank
 
 COLLAPSED = 1e-6
@@ -30,15 +30,23 @@ FAMILIES = ("hit", "precision", "recall", "f1", "map", "mrr", "ndcg_linear", "nd
 logger = log.get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Vectors as a store would keep them: the first `dims` numbers (None: all) in a precision of `quantize.PRECISIONS`."""
+
+    dims: int | None = None
+    precision: str = "float32"
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The outcome of one set. `value_Q` is the metric of the set for each query, `variants` the same under other codes of the rows."""
+    """The outcome of one set. `value_Q` is the metric of the set for each query, `variants` the same for other forms of the vectors."""
 
     task: Task
     ranking: Ranking
     value_Q: NDArray[np.float64]
     variants: list[NDArray[np.float64]]
-    interval: tuple[float, float] | None
+    interval: tuple[float, float]
     warning: str
 
     @property
@@ -59,7 +67,7 @@ class Scored:
             "split": spec.split,
             "metric": spec.metric,
             "score": float(self.value_Q.mean()),
-            "interval": self.interval and list(self.interval),
+            "interval": list(self.interval),
             "n": len(self.value_Q),
             "candidates": self.task.listed,
             "chance": self.task.chance,
@@ -105,32 +113,34 @@ def _shown(item: Item, root: Path) -> dict[str, Any]:
     return {"text": prompts.render(item), "image": picture_name(item.images[0], root) if item.images else None}
 
 
-def score(task: Task, cache: EmbeddingCache, ties: str, variants: Sequence[Variant], bootstrap: int, seed: int) -> Scored:
-    """Rank the candidates of every query in float32.
+def score(task: Task, cache: EmbeddingCache, ties: str, variants: Sequence[Variant]) -> Scored:
+    """Rank the candidates of every query and value the outcome.
 
     Where all targets lie within 1e-6 of each other, only rounding tells them apart: under the pessimistic rule all their scores are ties.
     """
     query_QD, targets = _Rows(cache, task.queries)[:], _Rows(cache, task.targets)
     target_ND: Any = targets if task.candidates is None else targets[:]  # a corpus may be larger than memory, lists are not
     collapsed = len(target_ND) > 1 and _spread(target_ND) <= COLLAPSED
-    shown = np.broadcast_to(target_ND[:1], (len(target_ND), query_QD.shape[1])) if collapsed and ties == "pessimistic" else target_ND
+    if collapsed and ties == "pessimistic":
+        target_ND = np.broadcast_to(target_ND[:1], (len(target_ND), query_QD.shape[1]))
 
-    def ranked(variant: Variant | None, top: int) -> Ranking:
-        queries, candidates = (query_QD, shown) if variant is None else (variant.apply(query_QD), variant.apply(shown))
+    def ranked(variant: Variant, top: int) -> Ranking:
+        queries = quantize(query_QD, variant.dims, variant.precision, "query")
+        candidates = Quantized(target_ND, variant.dims, variant.precision)
         return rank(queries, candidates, task.candidates, task.relevant, task.grades, ties, top)
 
     def valued(ranking: Ranking) -> NDArray[np.float64]:
         return metrics.per_query(task.spec.metric, ranking.position_QR, task.grades)
 
-    ranking = ranked(None, RETRIEVED)
+    ranking = ranked(Variant(), RETRIEVED)
     value_Q = valued(ranking)
-    interval = metrics.bootstrap_interval({task.spec.name: value_Q}, bootstrap, seed) if bootstrap else None
+    low, high = metrics.interval(value_Q)
     warning = f"{task.spec.name}: all {len(target_ND)} candidates within {COLLAPSED:g}: model collapsed?" if collapsed else ""
     if warning:
         logger.warning(warning)
-    span = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    logger.info("%s: %s %.1f %%%s, %d queries", task.spec.name, task.spec.metric, 100 * value_Q.mean(), span, len(value_Q))
-    return Scored(task, ranking, value_Q, [valued(ranked(variant, 1)) for variant in variants], interval, warning)
+    span = f"{100 * value_Q.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    logger.info("%s: %s %s, %d queries", task.spec.name, task.spec.metric, span, len(value_Q))
+    return Scored(task, ranking, value_Q, [valued(ranked(variant, 0)) for variant in variants], (low, high), warning)
 
 
 class _Rows:

@@ -10,10 +10,11 @@ from typing import Any
 
 from vlm2vec import log
 
-HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a report with pictures, and what was retrieved for every query.
+HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a report with pictures, what was retrieved for each query.
 
   vlm2vec eval runs/quickstart/model --suite mini
-  vlm2vec eval TIGER-Lab/VLM2Vec-Qwen2VL-2B --suite mmeb                  a published checkpoint on data/MMEB-eval (vlm2vec data get mmeb-eval)
+  vlm2vec data get mmeb-eval                                              once, into data/MMEB-eval
+  vlm2vec eval TIGER-Lab/VLM2Vec-Qwen2VL-2B --suite mmeb                  a published checkpoint
   vlm2vec eval runs/phi35_lora/model --suite mmeb --root /data/MMEB-eval  the benchmark's data elsewhere
   vlm2vec eval MODEL --suite mmeb --subset OK-VQA CIRR --limit 100        a quick look
   vlm2vec eval MODEL --suite mmeb --dims 64 256 --precisions int8 binary  what shorter and coarser vectors cost, in the same run
@@ -47,7 +48,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: the model's)")
     command.add_argument("--autocast", choices=["fp32", "bf16"], default="fp32", help="number format of the forward pass (default: fp32)")
     command.add_argument("--device", help="cpu, cuda or cuda:<n> (default: a GPU if there is one)")
-    command.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's model section, e.g. positions=flat")
+    command.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's model section, as positions=flat")
     command.add_argument("--chunk-tokens", type=_positive, default=32768, help="padded tokens of one forward (default: 32768)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode pictures ahead (default: 0)")
     command.add_argument(
@@ -106,7 +107,7 @@ def _encoder(given: argparse.Namespace) -> Any:
 
 def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
     """All combinations of the lengths and precisions asked for, less the vectors as they are."""
-    from vlm2vec.quantize import Variant
+    from vlm2vec.scoring import Variant
 
     grid = [Variant(cut, precision) for cut in (None, *dims) for precision in ("float32", *precisions)]
     return grid[1:]
