@@ -128,17 +128,18 @@ def _read(spec: SetSpec, root: Path, limit: int | None, seed: int, problems: dic
     """One set, or None with the reason noted in `problems`."""
     try:
         data = read_eval(root, spec.name, spec.path, root / IMAGES)
-        listed = int(np.median([len(row) for row in data.candidates_QM]))
+        local_QM = data.candidates_QM or [np.arange(len(data.candidates), dtype=np.int32)] * len(data.queries)
+        listed = int(np.median([len(row) for row in local_QM]))
         if (len(data.queries), listed) != (spec.queries, spec.candidates):
             wanted = f"the suite says {spec.queries} and {spec.candidates}; another version of the data?"
             raise DataError(f"{root / spec.path}: {len(data.queries)} queries and {listed} candidates (median), {wanted}")
     except DataError as error:
         problems[spec.name] = [str(error)]
         return None
-    golds = [data.candidates[row[0]] for row in data.candidates_QM]
+    golds = [data.candidates[row[0]] for row in data.relevant_QR]
     said = [digest([seed, spec.name, _says(query, root), _says(gold, root)]) for query, gold in zip(data.queries, golds, strict=True)]
     chosen = sorted(range(len(said)), key=lambda row: said[row])[:limit]
-    members = [data.candidates_QM[row] for row in chosen]
+    members = [local_QM[row] for row in chosen]
     used = np.unique(np.concatenate(members)).tolist()
     return _Rows(spec, [data.queries[row] for row in chosen], {index: data.candidates[index] for index in used}, members, listed)
 

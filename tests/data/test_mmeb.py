@@ -215,6 +215,15 @@ def test_candidates_are_kept_once(tmp_path: Path, jsonl: bool) -> None:
     assert [candidate.text for candidate in found.candidates] == ["cat", "dog", "owl"]
     assert [row.tolist() for row in found.candidates_QM] == [[0, 1, 2], [2, 0]]
     assert found.candidates_QM[0].dtype == np.int32 and found.duplicates == 0
+    assert [row.tolist() for row in found.relevant_QR] == [[0], [2]] and [row.tolist() for row in found.grades_QR] == [[1], [1]]
+
+
+def test_candidates_stand_in_order_of_first_appearance(tmp_path: Path) -> None:
+    """By text as well as by picture: the order of neither column alone."""
+    found = evaluation(tmp_path, [("q", "", ["b", "a", "b"], ["2.png", "2.png", "1.png"]), ("q", "", ["b", "a"], ["1.png", "1.png"])])
+    shown = [candidate.text + paths(candidate)[0].split("/")[-1] for candidate in found.candidates]
+    assert shown == ["b2.png", "a2.png", "b1.png", "a1.png"]
+    assert [row.tolist() for row in found.candidates_QM or []] == [[0, 1, 2], [2, 3]]
 
 
 def test_text_and_picture_together_identify_a_candidate(tmp_path: Path) -> None:

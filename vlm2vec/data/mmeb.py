@@ -101,17 +101,20 @@ def _negatives(cells: dict[str, Any], positive: Item, image_root: Path, label: s
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """Queries and their candidates; each distinct candidate is there once.
+    """Queries and their candidates; each distinct candidate is there once, in order of first appearance.
 
-    Query q has the candidates `[candidates[index] for index in candidates_QM[q]]`; the first is the gold. Rows of `candidates_QM` (int32)
-    may differ in length. A candidate equal to the gold has the gold's index, so that retrieving it is a hit. `duplicates` counts repeats
-    within a query's list.
+    Query q has the candidates `[candidates[index] for index in candidates_QM[q]]`, in the order of the data, or all of them where
+    `candidates_QM` is None (one corpus for all). Of those, `relevant_QR[q]` are right: distinct, at least one, each of a grade above 0 in
+    `grades_QR[q]`, 1 where the data know no grades. A candidate equal to a relevant one has its index, so that retrieving it is a hit.
+    `duplicates` counts repeats within a query's list. Rows may differ in length.
     """
 
     name: str
     queries: list[Item]
     candidates: list[Item]
-    candidates_QM: list[NDArray[np.int32]]
+    candidates_QM: list[NDArray[np.int32]] | None
+    relevant_QR: list[NDArray[np.int32]]
+    grades_QR: list[NDArray[np.float32]]
     duplicates: int = 0
 
 
@@ -148,14 +151,17 @@ def _with_candidates(name: str, queries: list[Item], sides: _Sides, image_root: 
         raise DataError(f"{name} row {int(np.argmin(sides.count_Q))}: no candidates; the first must be the gold")
     identity_N = sides.text_N * len(sides.paths) + sides.path_N
     _, first, inverse_N = np.unique(identity_N, return_index=True, return_inverse=True)
-    index_N = inverse_N.astype(np.int32)
-    candidates = [_candidate(sides, place, image_root, name) for place in first.tolist()]
+    appearance = np.argsort(first)
+    index_N = np.argsort(appearance).astype(np.int32)[inverse_N]
+    candidates = [_candidate(sides, place, image_root, name) for place in first[appearance].tolist()]
     sorted_N = np.sort(sides.row_N * len(candidates) + index_N)  # equal neighbours: the same candidate twice in a row
     duplicates = int(np.count_nonzero(sorted_N[1:] == sorted_N[:-1]))
     if duplicates:
         repeats = f"{duplicates} of {len(index_N)} candidates repeat another of their query"
         _logger.info("%s: %s; a repeat of the gold counts as the gold", name, repeats)
-    return EvalSet(name, queries, candidates, np.split(index_N, np.cumsum(sides.count_Q)[:-1]), duplicates)
+    candidates_QM = np.split(index_N, np.cumsum(sides.count_Q)[:-1])
+    golds = [row[:1] for row in candidates_QM]
+    return EvalSet(name, queries, candidates, candidates_QM, golds, [np.ones(1, np.float32) for _ in golds], duplicates)
 
 
 def _candidate(sides: _Sides, place: int, image_root: Path, name: str) -> Item:
