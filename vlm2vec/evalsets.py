@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from vlm2vec import dist
 from vlm2vec.cache import EmbeddingCache, content_digest
 from vlm2vec.data.images import content_key, load_image
-from vlm2vec.data.mmeb import EvalSet, read_eval
-from vlm2vec.data.types import ImageRef, Item
+from vlm2vec.data.mmeb import read_set
+from vlm2vec.data.types import EvalSet, ImageRef, Item
 from vlm2vec.errors import DataError, ImageError
 from vlm2vec.io import digest, sha256_bytes
 from vlm2vec.suite import SetSpec, Suite
@@ -168,7 +168,7 @@ def _sorted_list(members: list[NDArray[np.int32]] | None, index: int) -> list[in
 def _read(spec: SetSpec, root: Path, limit: int | None, seed: int, problems: dict[str, list[str]]) -> _Rows | None:
     """One set, or None with the reason noted in `problems`."""
     try:
-        data = read_eval(root, spec.name, spec.path, root / IMAGES)
+        data = read_set(root, spec, root / IMAGES)
         listed = len(data.candidates) if data.candidates_QM is None else int(np.median([len(row) for row in data.candidates_QM]))
         if (len(data.queries), listed) != (spec.queries, spec.candidates):
             wanted = f"the suite says {spec.queries} and {spec.candidates}; another version of the data?"
