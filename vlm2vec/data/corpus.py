@@ -117,7 +117,7 @@ def _graded(
             found[candidate] = max(grade, found.get(candidate, 0.0))
     for entry, found in zip(queries, grades, strict=True):
         if not found:
-            raise DataError(f"{entry.label}: query {entry.id!r} has no relevant entry in the corpus")
+            raise DataError(f"{entry.label}: no entry of the corpus is relevant to it")
     return grades
 
 
@@ -171,7 +171,7 @@ class _Place:
         key = cells[columns[0].name] or (label if columns is QUERIES else words)
         if picture["bytes"]:
             item = replace(item, images=(ImageRef(picture["bytes"], f"{label}: image {picture['path'] or key!r}"),))
-        return _Entry(label, key, item, tuple(cells.get("relevant", ())))
+        return _Entry(label, key, item, tuple(filter(None, cells.get("relevant", ()))))
 
     def judgements(self) -> Iterator[Judgement]:
         for row, cells in enumerate(read_rows(self.files("qrels"), QRELS).to_pylist()):
