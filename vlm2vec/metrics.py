@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import fsum, sqrt
 from types import MappingProxyType
 
 import numpy as np
@@ -143,11 +143,11 @@ def interval(values: Values) -> tuple[float, float]:
     of the groups' means. The queries of a set are taken as a sample, the sets themselves as fixed. Neither the order of queries nor that of
     sets matters. Raises DataError for a set that is empty or has values outside [0, 1].
     """
-    sets = sorted(_weighted(values, 1.0, "values"), key=lambda found: (found.mean, found.variance, found.queries, found.weight))
-    mean = min(1.0, sum(found.weight * found.mean for found in sets))
-    variance = sum(found.weight**2 * found.variance / found.queries for found in sets)
+    sets = list(_weighted(values, 1.0, "values"))
+    mean = min(1.0, fsum(found.weight * found.mean for found in sets))
+    variance = fsum(found.weight**2 * found.variance / found.queries for found in sets)
     if not variance:
-        return wilson(mean, 1 / sum(found.weight**2 / found.queries for found in sets))
+        return wilson(mean, 1 / fsum(found.weight**2 / found.queries for found in sets))
     # mean * (1 - mean) is too small by the variance, on average; with that added, the size of n hits and misses is n
     return wilson(mean, mean * (1 - mean) / variance + 1)
 
@@ -163,11 +163,11 @@ def wilson(mean: float, size: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Set:
-    """`weight` in the overall mean; `variance` between queries, unbiased, or the largest there can be where a single query tells nothing."""
+    """One set's part in a mean."""
 
     weight: float
     mean: float
-    variance: float
+    variance: float  # between queries, unbiased; the largest there can be where a single query tells nothing
     queries: int
 
 
@@ -184,6 +184,6 @@ def _weighted(values: Values, weight: float, name: str) -> Iterator[_Set]:
         raise DataError(f"set {name!r} has no query to compute an interval from")
     if not (value_Q[0] >= 0 and value_Q[-1] <= 1):
         raise DataError(f"set {name!r} has values from {value_Q[0]:g} to {value_Q[-1]:g}; expected values from 0 to 1")
-    variance = float(value_Q.var(ddof=1)) if value_Q.size > 1 else 0.25
-    # rounding must not make a spread out of equal values
-    yield _Set(weight, float(value_Q.mean()), 0.0 if value_Q.size > 1 and value_Q[0] == value_Q[-1] else variance, value_Q.size)
+    spread = bool(value_Q[0] < value_Q[-1])  # asked, as rounding can make a variance out of equal values
+    variance = float(value_Q.var(ddof=1)) * spread if value_Q.size > 1 else 0.25
+    yield _Set(weight, float(value_Q.mean()), variance, value_Q.size)
