@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
-    ("strict_yaml", "schema", "config", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "data.types"),
+    ("strict_yaml", "schema", "config", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "paired", "data.types"),
     ("data", "collate", "backbones", "batch", "cache", "suite"),
     ("lora", "encoder", "checkpoint"),
-    ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
+    ("trainer", "plan", "evalsets", "evaluate", "report", "standings", "results", "compare", "formats", "pipeline"),
     ("cli",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
