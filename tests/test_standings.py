@@ -113,7 +113,11 @@ def set_at(top: Any, path: list[Any], value: Any) -> None:
         (["sources", 1, "confidence"], "sure", r"sources\[1\].confidence: expected one of high, medium, low, got 'sure'"),
         (["sources", 0, "where"], None, r"sources\[0\].where: expected text, got None"),
         (["models", 3, "quotes", 0, "source"], "rumour", r"models\[3\].quotes\[0\].source: expected one of .*, got 'rumour'"),
-        (["models", 0, "quotes", 0, "means", "vqa"], "9.1", r"models\[0\].quotes\[0\].means.vqa: expected per cent from 0 to 100, got '9.1'"),
+        (
+            ["models", 0, "quotes", 0, "means", "vqa"],
+            "9.1",
+            r"models\[0\].quotes\[0\].means.vqa: expected per cent from 0 to 100, got '9.1'",
+        ),
         (["models", 0, "quotes", 0, "means", "vqa"], 910, "got 910"),
         (["models", 0, "quotes", 0, "means", "vqa"], True, "got True"),
         (["models", 0, "quotes", 0, "means", "visual_grounding"], 1, "means.visual_grounding: unknown key; known: classification, vqa"),

@@ -112,7 +112,7 @@ def _stream(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
 
 
-def _signed_sums(moved: NDArray[np.float64], draws: int, stream: np.random.Generator) -> NDArray[np.float64]:
+def _signed_sums(moved: NDArray[np.float64], draws: int, stream: np.random.Generator) -> NDArray:
     """Sums of the differences under random signs (S,). Flips of hits are alike, so only the number of those with a plus is drawn."""
     if _is_hits(moved):
         return 2.0 * stream.binomial(len(moved), 0.5, size=draws) - len(moved)
@@ -121,5 +121,5 @@ def _signed_sums(moved: NDArray[np.float64], draws: int, stream: np.random.Gener
     for start in range(0, draws, rows):
         here = min(rows, draws - start)
         bits = np.unpackbits(np.frombuffer(stream.bytes(-(-here * len(moved) // 8)), np.uint8), count=here * len(moved))
-        sums_S[start : start + here] = moved.sum() - 2.0 * (bits.reshape(here, -1).astype(np.float32) @ moved.astype(np.float32))
+        sums_S[start : start + here] = moved.sum() - 2.0 * (bits.reshape(here, -1).astype(np.float64) @ moved)
     return sums_S

@@ -108,15 +108,15 @@ def _require_agreement(name: str, entry: Mapping[str, Any] | None, found: Outcom
 
 
 def _outcomes(file: Path) -> dict[str, Outcomes]:
-    columns: dict[str, tuple[list[str], list[float], list[bool], list[int]]] = {}
+    rows: dict[str, list[tuple[str, float, bool, int]]] = {}
     for offset, row in lines(file):
-        column = columns.setdefault(row["set"], ([], [], [], []))
-        for values, value in zip(column, (row["query_id"], row["value"], row["hit"], offset), strict=True):
-            values.append(value)
-    return {
-        name: Outcomes(tuple(ids), np.array(values, np.float64), np.array(hits, np.bool_), np.array(offsets, np.int64))
-        for name, (ids, values, hits, offsets) in columns.items()
-    }
+        rows.setdefault(row["set"], []).append((row["query_id"], row["value"], row["hit"], offset))
+    return {name: _columns(found) for name, found in rows.items()}
+
+
+def _columns(rows: Sequence[tuple[str, float, bool, int]]) -> Outcomes:
+    ids, values, hits, offsets = zip(*rows, strict=True)
+    return Outcomes(ids, np.array(values, np.float64), np.array(hits, np.bool_), np.array(offsets, np.int64))
 
 
 def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -135,9 +135,11 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError as error:
         raise InputError(f"{where}: not JSON ({error}); was the evaluation killed? evaluate again") from error
-    kinds = {"set": str, "query_id": str, "value": int | float, "hit": bool}
-    for key, kind in kinds.items():
-        found = row.get(key) if isinstance(row, dict) else None
-        if not isinstance(found, kind) or (key == "value" and not 0 <= found <= 1):
-            raise InputError(f"{where}: {key}: expected {'a number from 0 to 1' if key == 'value' else getattr(kind, '__name__', kind)}, got {found!r}")
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, got {type(row).__name__}")
+    for key, kind in (("set", str), ("query_id", str), ("value", int | float), ("hit", bool)):
+        if not isinstance(row.get(key), kind):
+            raise InputError(f"{where}: {key}: expected {getattr(kind, '__name__', 'a number')}, got {row.get(key)!r}")
+    if not 0 <= row["value"] <= 1:
+        raise InputError(f"{where}: value: expected a number from 0 to 1, got {row['value']!r}")
     return row

@@ -142,9 +142,15 @@ def _groups(suite: Suite) -> dict[str, tuple[str, ...]]:
 
 def _source(entry: _Entry) -> Source:
     entry.keys("key", "title", "where", "metric", "confidence", "columns", "note")
-    confidence = entry.choice("confidence", CONFIDENCE)
-    words = [entry.text(key) for key in ("key", "title", "where", "metric")]
-    return Source(*words, confidence, entry.text("columns", "") or None, entry.text("note", ""))
+    return Source(
+        key=entry.text("key"),
+        title=entry.text("title"),
+        where=entry.text("where"),
+        metric=entry.text("metric"),
+        confidence=entry.choice("confidence", CONFIDENCE),
+        columns=entry.text("columns", "") or None,
+        note=entry.text("note", ""),
+    )
 
 
 def _model(entry: _Entry, sources: Mapping[str, Source], groups: Mapping[str, Sequence[str]]) -> Model:
