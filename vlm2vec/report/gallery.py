@@ -35,8 +35,8 @@ class Shared:
 
 def pictures_of(results: Mapping[str, Any]) -> Iterator[str]:
     """The path of every picture the gallery shows, as often as it is shown."""
-    for entry in results["sets"].values():
-        for example in entry["examples"]:
+    for examples in results.get("examples", {}).values():
+        for example in examples:
             yield from (item["image"] for item in (example["query"], *_targets(example)) if item.get("image"))
 
 
@@ -55,7 +55,7 @@ def gallery(groups: Sequence[Group], pictures: Mapping[str, Thumbnail], anchors:
 
 
 def _group(group: Group, pictures: Mapping[str, Thumbnail], anchors: Mapping[str, str]) -> Iterator[Markup]:
-    rows = [row for row in group.sets if row.details.get("examples")]
+    rows = [row for row in group.sets if row.examples]
     if rows:
         yield el("h3", group.mean.title)
     for row in rows:
@@ -63,7 +63,7 @@ def _group(group: Group, pictures: Mapping[str, Thumbnail], anchors: Mapping[str
 
 
 def _set(row: Row, pictures: Mapping[str, Thumbnail], anchor: str, unfolded: bool) -> Markup:
-    examples = row.details["examples"]
+    examples = row.examples
     queries = [shown_text(example["query"]) for example in examples]
     targets = [shown_text(item) for example in examples for item in _targets(example)]
     shared = Shared(pictures, lead(queries), lead(targets))
