@@ -117,7 +117,7 @@ def _write(given: argparse.Namespace, suite: Any, evaluation: Any, say: Callable
     from vlm2vec import io
     from vlm2vec.formats import reference_files
     from vlm2vec.report import table, write_report
-    from vlm2vec.standings import published
+    from vlm2vec.standings import load as published
 
     results = evaluation.results
     name = given.name or model_name(given.adapter or given.model)
