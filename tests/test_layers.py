@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
-    ("strict_yaml", "schema", "config", "prompts", "pooling", "quantize", "ranking", "metrics", "losses", "gradcache", "replay", "data.types"),
+    ("strict_yaml", "schema", "config", "prompts", "pooling", "losses", "gradcache", "replay", "data.types")
+    + ("quantize", "ranking", "metrics"),
     ("data", "collate", "backbones", "batch", "cache", "suite"),
     ("lora", "encoder", "checkpoint"),
     ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
