@@ -67,10 +67,10 @@ def truncate(rows_ND: ArrayLike, dims: int | None, what: str = "row", names: Nam
     Raises InputError for `dims` outside 1..D, DataError where nothing but zeros would be left, and what `exact` raises.
     """
     row_ND = np.asarray(rows_ND, dtype=np.float32)
-    if dims is None or dims == row_ND.shape[1]:
+    if dims is None or dims == row_ND.shape[-1]:
         return row_ND
-    if not 1 <= dims <= row_ND.shape[1]:
-        raise InputError(f"dims: expected 1 to {row_ND.shape[1]}, the size of the embeddings, got {dims}")
+    if not 1 <= dims <= row_ND.shape[-1]:
+        raise InputError(f"dims: expected 1 to {row_ND.shape[-1]}, the size of the embeddings, got {dims}")
     short_ND = exact(row_ND, what, names).code_ND[:, :dims].astype(np.float64)
     length_N = np.sqrt((short_ND**2).sum(axis=1))  # squares of whole numbers: the sum is exact
     if not length_N.all():
