@@ -160,9 +160,10 @@ def _subject(index: int) -> int:
 
 
 def _captioned(cast: Cast, index: int) -> Side:
+    """The words tell shape and place, the picture colour and number."""
     thing = cast.thing(_subject(index))
     role = "photo" if cast.spec.query_modality == "T" else "other"
-    return Side(f"{texts.sentence(thing.words)} in {texts.place(index)}.", cast.photo(thing, role, _subject(index)))
+    return Side(f"{texts.sentence(thing.kind)} in {texts.place(index)}.", cast.photo(thing, role, _subject(index)))
 
 
 def _about_a_place(cast: Cast, number: int, index: int) -> Side:
@@ -189,8 +190,8 @@ def _half(index: int) -> tuple[int, int]:
 
 
 def _refer(cast: Cast, number: int, index: int) -> Side:
-    scene, thing = _half(index)
-    return Side(f"{cast.thing(thing).kind} on the {texts.SIDES[cast.side(scene) ^ (index % 2)]}", cast.scene(scene))
+    scene, _ = _half(index)
+    return Side(f"all on the {texts.SIDES[cast.side(scene) ^ (index % 2)]}", cast.scene(scene))
 
 
 def _referred(cast: Cast, index: int) -> Side:

@@ -48,7 +48,8 @@ def write_made(
     The layout is that of the evaluation rows: "v1", "instruct" (MMEB-V2: instructions in columns of their own) or "old" (targets that are
     pictures have one "" for text). Raises DataError for a count below 1.
     """
-    size = checked_size(queries, candidates, train_rows, full)
+    check_counts(queries=queries, candidates=candidates, train_rows=train_rows)
+    size = Size(queries, candidates, full)
     made = []
     for spec in suite.sets:
         rows = eval_rows(spec, suite, size, seed)
@@ -69,17 +70,17 @@ def write_b3(to: Path, suite: Suite, *, train_rows: int = 12, seed: int = 17) ->
 
     Each list has 3 negatives and is padded to 5 with "" or null. Raises DataError for a count below 1.
     """
-    size = checked_size(1, 1, train_rows, False)
+    check_counts(train_rows=train_rows)
     for source in train_sets(suite, train_rows, Size(), seed, B3_NEGATIVES):
         write_table(to / source.spec.path / "train-00000-of-00001.parquet", _b3_table(source))
         _write_pictures(to, source.pictures(B3_NEGATIVES))
 
 
-def checked_size(queries: int, candidates: int, train_rows: int, full: bool) -> Size:
-    for name, count in {"queries": queries, "candidates": candidates, "train_rows": train_rows}.items():
+def check_counts(**counts: int) -> None:
+    """Raises DataError for a count below 1."""
+    for name, count in counts.items():
         if count < 1:
             raise DataError(f"made-up data: {name} must be >= 1, got {count}")
-    return Size(queries, candidates, full)
 
 
 def train_sets(suite: Suite, rows: int, size: Size, seed: int, negatives: int = 1) -> Iterable[TrainRows]:
@@ -168,7 +169,7 @@ def _b3_table(rows: TrainRows) -> pa.Table:
     length = B3_LENGTH - B3_NEGATIVES
     neg_text = [[_target(rows, side) for side in row] + [""] * length for row in rows.negatives]
     padding = [list(islice(cycle(("", None)), number % 2, number % 2 + length)) for number in range(len(rows.negatives))]
-    neg_paths = [[_path(side) for side in row] + end for row, end in zip(rows.negatives, padding, strict=True)]
+    neg_paths = [[*map(_path, row), *end] for row, end in zip(rows.negatives, padding, strict=True)]
     lists = {"neg_text": pa.array(neg_text, pa.list_(pa.string())), "neg_image_path": pa.array(neg_paths, pa.list_(pa.string()))}
     return pa.table(_pairs(rows) | lists)
 
@@ -191,7 +192,7 @@ def _target(rows: TrainRows, side: Side) -> str:
 
 def _sheet(suite: Suite, sets: Sequence[SetSpec], train: Sequence[TrainSpec]) -> str:
     made = [dataclasses.replace(spec, source="made up by vlm2vec", licence="CC0-1.0") for spec in sets]
-    description = f"made-up data in the layout of {suite.name}: coloured shapes, drawn by the library; scores say nothing about {suite.name}"
+    description = f"coloured shapes, drawn by the library, in the layout of {suite.name}; a score here says nothing of {suite.name}"
     head = {"suite": f"{suite.name}-made", "description": description, "root": "MMEB-eval"}
     return dump_plain(head | {"sets": [_plain(spec) for spec in made], "train": [_plain(spec) for spec in train]})
 
