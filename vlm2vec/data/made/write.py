@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from vlm2vec.strict_yaml import dump_plain
 from vlm2vec.suite import SetSpec, Suite, TrainSpec
 
 Layout = Literal["v1", "instruct", "old"]
-B3_NEGATIVES, B3_LENGTH = 3, 5  # wrong candidates of a row, and how long their lists are padded
+B3_NEGATIVES = 3
 
 
 def write_made(
@@ -68,7 +67,7 @@ def write_made(
 def write_b3(to: Path, suite: Suite, *, train_rows: int = 12, seed: int = 17) -> None:
     """Write the training sets of `suite` with lists of negatives: `<to>/<SUBSET>/train-00000-of-00001.parquet`, pictures beside them.
 
-    Each list has 3 negatives and is padded to 5 with "" or null. Raises DataError for a count below 1.
+    A list has 3 negatives and two entries that hold nothing: "" for text, "" and null for pictures. Raises DataError for a count below 1.
     """
     check_counts(train_rows=train_rows)
     for source in train_sets(suite, train_rows, Size(), seed, B3_NEGATIVES):
@@ -165,11 +164,8 @@ def _train_table(rows: TrainRows) -> pa.Table:
 
 
 def _b3_table(rows: TrainRows) -> pa.Table:
-    """Texts are padded with "", paths with "" and null by turns."""
-    length = B3_LENGTH - B3_NEGATIVES
-    neg_text = [[_target(rows, side) for side in row] + [""] * length for row in rows.negatives]
-    padding = [list(islice(cycle(("", None)), number % 2, number % 2 + length)) for number in range(len(rows.negatives))]
-    neg_paths = [[*map(_path, row), *end] for row, end in zip(rows.negatives, padding, strict=True)]
+    neg_text = [[_target(rows, side) for side in row] + ["", ""] for row in rows.negatives]
+    neg_paths = [[*map(_path, row), "", None] for row in rows.negatives]
     lists = {"neg_text": pa.array(neg_text, pa.list_(pa.string())), "neg_image_path": pa.array(neg_paths, pa.list_(pa.string()))}
     return pa.table(_pairs(rows) | lists)
 
