@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from vlm2vec.data.made.pictures import Picture
-from vlm2vec.data.made.sets import eval_rows
-from vlm2vec.data.made.write import checked_size, eval_table, negatives_listed, train_sets, train_tables, write_table
+from vlm2vec.data.made.sets import Size, eval_rows
+from vlm2vec.data.made.write import check_counts, eval_table, negatives_listed, train_sets, train_tables, write_table
 from vlm2vec.suite import Suite
 
 TRAIN, EVAL, V2, INSTRUCT = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval", "TIGER-Lab/MMEB-V2", "ziyjiang/MMEB_Test_Instruct"
@@ -30,7 +30,8 @@ def write_archives(to: Path, suite: Suite, *, queries: int = 8, candidates: int 
 
     Archives of the training pictures also hold what macOS adds. Equal arguments give equal bytes, as for `write_made`.
     """
-    size = checked_size(queries, candidates, train_rows, False)
+    check_counts(queries=queries, candidates=candidates, train_rows=train_rows)
+    size = Size(queries, candidates)
     pictures: dict[str, Picture] = {}
     for spec in suite.sets:
         rows = eval_rows(spec, suite, size, seed)

@@ -124,9 +124,10 @@ def draw(thing: Thing, look: Look) -> Pixels:
 @lru_cache(maxsize=1024)
 def _mask(shape: str, cell: int) -> NDArray[np.bool_]:
     """(cell, cell) with an empty edge on two sides, so that neighbours do not touch."""
-    levels = (2 * np.arange(cell - 1) - (cell - 2)) * 100 // (cell - 2)
+    size = cell - 3
+    levels = (2 * np.arange(size) - (size - 1)) * 100 // (size - 1)
     mask = np.zeros((cell, cell), dtype=bool)
-    mask[:-1, :-1] = SHAPES[shape][1](levels[None, :], levels[:, None])
+    mask[:size, :size] = SHAPES[shape][1](levels[None, :], levels[:, None])
     return mask
 
 

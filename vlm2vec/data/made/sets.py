@@ -160,9 +160,10 @@ def _subject(index: int) -> int:
 
 
 def _captioned(cast: Cast, index: int) -> Side:
+    """The words tell shape and place, the picture colour and number."""
     thing = cast.thing(_subject(index))
     role = "photo" if cast.spec.query_modality == "T" else "other"
-    return Side(f"{texts.sentence(thing.words)} in {texts.place(index)}.", cast.photo(thing, role, _subject(index)))
+    return Side(f"{texts.sentence(thing.kind)} in {texts.place(index)}.", cast.photo(thing, role, _subject(index)))
 
 
 def _about_a_place(cast: Cast, number: int, index: int) -> Side:
@@ -189,8 +190,8 @@ def _half(index: int) -> tuple[int, int]:
 
 
 def _refer(cast: Cast, number: int, index: int) -> Side:
-    scene, thing = _half(index)
-    return Side(f"{cast.thing(thing).kind} on the {texts.SIDES[cast.side(scene) ^ (index % 2)]}", cast.scene(scene))
+    scene, _ = _half(index)
+    return Side(f"all on the {texts.SIDES[cast.side(scene) ^ (index % 2)]}", cast.scene(scene))
 
 
 def _referred(cast: Cast, index: int) -> Side:
@@ -257,13 +258,12 @@ def candidate_lists(queries: int, listed: int, distinct: int, *key: object) -> N
     return np.column_stack([gold_Q, window_QM[~dropped_QM].reshape(queries, listed - 1)])
 
 
-def _cast(spec: SetSpec, suite: Suite, size: Size, seed: int, split: str, folder: str = "{}") -> Cast:
+def _cast(spec: SetSpec, suite: Suite, size: Size, seed: int, split: str) -> Cast:
     by_name = {other.name: other for other in suite.sets}
     home = by_name.get(traps.HOMES.get(spec.name, ""), spec)
     key = (seed, home.name)
     count = size.counts(home)[2]
-    folders = (folder.format(spec.name), folder.format(home.name))
-    return Cast(spec, home.name, things(count, "things", *key), folders, (*key, split))
+    return Cast(spec, home.name, things(count, "things", *key), (spec.name, home.name), (*key, split))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------------------------
@@ -287,8 +287,7 @@ class TrainRows:
 def train_rows(spec: TrainSpec, suite: Suite, rows: int, size: Size, seed: int, negatives: int = 1) -> TrainRows:
     """The training set `spec` of `suite`: the things of the evaluation set it belongs to, in other pictures."""
     tested = next(other for other in suite.sets if other.train == spec.name)
-    cast = _cast(tested, suite, size, seed, "train", "images/{}/Train")
-    cast = replace(cast, folders=(f"images/{spec.name}/Train",) * 2)
+    cast = replace(_cast(tested, suite, size, seed, "train"), folders=(f"images/{spec.name}/Train",) * 2)
     kind = kind_of(tested)
     queries = [kind.query(cast, row, row) for row in range(rows)]
     positives = [kind.target(cast, row) for row in range(rows)]

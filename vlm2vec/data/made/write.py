@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from vlm2vec.strict_yaml import dump_plain
 from vlm2vec.suite import SetSpec, Suite, TrainSpec
 
 Layout = Literal["v1", "instruct", "old"]
-B3_NEGATIVES, B3_LENGTH = 3, 5  # wrong candidates of a row, and how long their lists are padded
+B3_NEGATIVES = 3
 
 
 def write_made(
@@ -48,7 +47,8 @@ def write_made(
     The layout is that of the evaluation rows: "v1", "instruct" (MMEB-V2: instructions in columns of their own) or "old" (targets that are
     pictures have one "" for text). Raises DataError for a count below 1.
     """
-    size = checked_size(queries, candidates, train_rows, full)
+    check_counts(queries=queries, candidates=candidates, train_rows=train_rows)
+    size = Size(queries, candidates, full)
     made = []
     for spec in suite.sets:
         rows = eval_rows(spec, suite, size, seed)
@@ -67,19 +67,19 @@ def write_made(
 def write_b3(to: Path, suite: Suite, *, train_rows: int = 12, seed: int = 17) -> None:
     """Write the training sets of `suite` with lists of negatives: `<to>/<SUBSET>/train-00000-of-00001.parquet`, pictures beside them.
 
-    Each list has 3 negatives and is padded to 5 with "" or null. Raises DataError for a count below 1.
+    A list has 3 negatives and two entries that hold nothing: "" for text, "" and null for pictures. Raises DataError for a count below 1.
     """
-    size = checked_size(1, 1, train_rows, False)
+    check_counts(train_rows=train_rows)
     for source in train_sets(suite, train_rows, Size(), seed, B3_NEGATIVES):
         write_table(to / source.spec.path / "train-00000-of-00001.parquet", _b3_table(source))
         _write_pictures(to, source.pictures(B3_NEGATIVES))
 
 
-def checked_size(queries: int, candidates: int, train_rows: int, full: bool) -> Size:
-    for name, count in {"queries": queries, "candidates": candidates, "train_rows": train_rows}.items():
+def check_counts(**counts: int) -> None:
+    """Raises DataError for a count below 1."""
+    for name, count in counts.items():
         if count < 1:
             raise DataError(f"made-up data: {name} must be >= 1, got {count}")
-    return Size(queries, candidates, full)
 
 
 def train_sets(suite: Suite, rows: int, size: Size, seed: int, negatives: int = 1) -> Iterable[TrainRows]:
@@ -164,11 +164,8 @@ def _train_table(rows: TrainRows) -> pa.Table:
 
 
 def _b3_table(rows: TrainRows) -> pa.Table:
-    """Texts are padded with "", paths with "" and null by turns."""
-    length = B3_LENGTH - B3_NEGATIVES
-    neg_text = [[_target(rows, side) for side in row] + [""] * length for row in rows.negatives]
-    padding = [list(islice(cycle(("", None)), number % 2, number % 2 + length)) for number in range(len(rows.negatives))]
-    neg_paths = [[_path(side) for side in row] + end for row, end in zip(rows.negatives, padding, strict=True)]
+    neg_text = [[_target(rows, side) for side in row] + ["", ""] for row in rows.negatives]
+    neg_paths = [[*map(_path, row), "", None] for row in rows.negatives]
     lists = {"neg_text": pa.array(neg_text, pa.list_(pa.string())), "neg_image_path": pa.array(neg_paths, pa.list_(pa.string()))}
     return pa.table(_pairs(rows) | lists)
 
@@ -191,7 +188,7 @@ def _target(rows: TrainRows, side: Side) -> str:
 
 def _sheet(suite: Suite, sets: Sequence[SetSpec], train: Sequence[TrainSpec]) -> str:
     made = [dataclasses.replace(spec, source="made up by vlm2vec", licence="CC0-1.0") for spec in sets]
-    description = f"made-up data in the layout of {suite.name}: coloured shapes, drawn by the library; scores say nothing about {suite.name}"
+    description = f"coloured shapes, drawn by the library, in the layout of {suite.name}; a score here says nothing of {suite.name}"
     head = {"suite": f"{suite.name}-made", "description": description, "root": "MMEB-eval"}
     return dump_plain(head | {"sets": [_plain(spec) for spec in made], "train": [_plain(spec) for spec in train]})
 
