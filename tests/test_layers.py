@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
     ("strict_yaml", "schema", "config", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "data.types"),
-    ("data", "collate", "backbones", "batch", "cache", "suite"),
+    ("data", "collate", "backbones", "batch", "cache", "suite", "composition"),
     ("lora", "encoder", "checkpoint"),
     ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
     ("cli",),
