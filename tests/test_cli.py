@@ -45,10 +45,12 @@ def test_every_recipe_runs_end_to_end_in_its_tiny_form(recipe: Path, tmp_path: P
     for name in ("recipe.yaml", "log.jsonl", "model/vlm2vec.json", "step-000006/manifest.json"):
         assert (tmp_path / name).exists(), name
     assert str(tmp_path / "model") in done.stdout
-    if load_recipe(recipe).evaluate.suite is None:
+    options = load_recipe(recipe).evaluate
+    if options.suite is None:
         return
-    for name in ("results-before.json", "results.json", "report.html", "report.md"):
+    for name in ("results.json", "report.html", "report.md"):
         assert (tmp_path / name).exists(), name
+    assert (tmp_path / "results-before.json").exists() == options.before
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["meta_task"] for row in results["sets"].values()} == {"classification", "vqa", "retrieval", "grounding"}
     assert "Overall, mean of sets" in done.stdout

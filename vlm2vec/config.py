@@ -208,7 +208,7 @@ def _shrink_model(model: ModelConfig) -> ModelConfig:
 
 
 def _shrink_data(data: DataConfig) -> DataConfig:
-    sources = tuple(SourceConfig(name=source.name, weight=source.weight, cap=source.cap and min(source.cap, 16)) for source in data.sources)
+    sources = tuple(replace(source, path=None, split="original", cap=source.cap and min(source.cap, 16)) for source in data.sources)
     block = next(size for size in (4, 2, 1, 0) if size <= data.block)  # a divisor of the tiny global batch
     return DataConfig(root="builtin/tiny", sources=sources, block=block, workers=0)
 

@@ -120,6 +120,7 @@ class SourceConfig:
     split: str = _key("split to read", "original")
     weight: float | None = _key("share in the mixture, relative to the others; null means its number of rows", None, ">= 0")
     cap: int | None = _key("use at most this many rows; null means all", None, ">= 1")
+    take: Literal["random", "first"] = _key("which rows a cap keeps", "random")
 
     def rules(self) -> Iterator[Violation]:
         """What holds between the keys of this section."""
