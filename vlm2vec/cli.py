@@ -1,5 +1,5 @@
-"""`vlm2vec train | eval | encode | data`: arguments in, exit codes out. The work is done elsewhere; imports are local so that `--help` is
-quick.
+"""`vlm2vec train | eval | compare | encode | data`: arguments in, exit codes out. The work is done elsewhere; imports are local so that
+`--help` is quick.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec import log
-from vlm2vec.errors import InputError, Vlm2VecError
+from vlm2vec.errors import DataError, InputError, Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
 130 or 143 interrupted after saving (run the same command to go on)"""
@@ -30,6 +30,11 @@ EVAL_HELP = """precision@1 with 95 % intervals on a benchmark suite.
 
   vlm2vec eval runs/quickstart/model --suite mini
   vlm2vec eval builtin/vista-minilm --suite mini --limit 50"""
+
+COMPARE_HELP = """Hold evaluations against the first, query by query: which differences are more than noise, and which queries flipped.
+
+  vlm2vec compare runs/eval/one@1a2b3c4d5e6f.json runs/eval/two@0f9e8d7c6b5a.json
+  vlm2vec compare A.json B.json C.json --to runs/compare --html"""
 
 ENCODE_HELP = """Embed items into a safetensors file with one unit row each.
 
@@ -48,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     _train_arguments(_command(commands, "train", "train, evaluate and report from a recipe", TRAIN_HELP))
     _eval_arguments(_command(commands, "eval", "evaluate a model on a suite", EVAL_HELP))
+    _compare_arguments(_command(commands, "compare", "compare evaluations, query by query", COMPARE_HELP))
     _encode_arguments(_command(commands, "encode", "embed the items of a JSONL file", ENCODE_HELP))
     _data_arguments(_command(commands, "data", "build benchmark data", DATA_HELP))
     keys = _command(commands, "keys", "list every key of a recipe with type, default and meaning", "Every key of a recipe.")
@@ -88,6 +94,17 @@ def _eval_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--to", help="folder for results and report (default: runs/eval/<model>)")
     command.set_defaults(run=_eval)
+
+
+def _compare_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "results", nargs="+", help="results files <model>@<digest>.json, or the folders beside them; the first is the baseline"
+    )
+    command.add_argument("--to", help="folder for comparison.md and comparison.json (default with --html: runs/compare)")
+    command.add_argument("--html", action="store_true", help="write comparison.html too, with queries that flipped and what was retrieved")
+    command.add_argument("--root", help="folder of the suite's data, for the pictures (default: what the suite names)")
+    command.add_argument("--force", action="store_true", help="compare what was not measured alike, on the queries that both have")
+    command.set_defaults(run=_compare)
 
 
 def _encode_arguments(command: argparse.ArgumentParser) -> None:
@@ -154,6 +171,32 @@ def _eval(arguments: argparse.Namespace) -> None:
     paths = write_report(target, results, images_root=suite.root)
     _say(table(results))
     _say(f"wrote {target / 'results.json'} and {paths['html']}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from vlm2vec import results
+    from vlm2vec.compare import compare
+    from vlm2vec.report import comparison_table, write_comparison
+
+    measured = [results.read(path) for path in arguments.results]
+    comparison = compare(measured, force=arguments.force)
+    _say(comparison_table(comparison).rstrip("\n"))
+    if arguments.to or arguments.html:
+        folder = Path(arguments.to or "runs/compare")
+        paths = write_comparison(folder, comparison, measured, arguments.html, _pictures(comparison.suite, arguments.root))
+        _say(f"wrote {', '.join(map(str, paths.values()))}")
+
+
+def _pictures(suite: str, root: str | None) -> Path | None:
+    """The folder that pictures lie in: as given, or the one the suite names; None, hence no pictures, where the suite is not found."""
+    from vlm2vec.suite import load_suite
+
+    if root:
+        return Path(root)
+    try:
+        return load_suite(suite).root
+    except DataError:
+        return None
 
 
 def _encode(arguments: argparse.Namespace) -> None:
