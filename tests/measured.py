@@ -15,7 +15,15 @@ SETS = {  # name: (meta-task, split)
     "Questions": ("vqa", "IND"),
     "Names": ("retrieval", "OOD"),
 }
-PROTOCOL = {"suite": "mini", "suite_digest": "d1" * 32, "ties": "pessimistic", "limit": None, "subsets": None, "pooling": "last", "bootstrap": 0}
+PROTOCOL = {
+    "suite": "mini",
+    "suite_digest": "d1" * 32,
+    "ties": "pessimistic",
+    "limit": None,
+    "subsets": None,
+    "pooling": "last",
+    "bootstrap": 0,
+}
 
 
 def candidate(number: int, score: float, gold: bool) -> dict[str, Any]:
@@ -49,7 +57,10 @@ def means(scores: Mapping[str, float], kinds: Mapping[str, tuple[str, str]]) -> 
             groups.setdefault(key, []).append(score)
     found = {key: float(np.mean(values)) for key, values in groups.items()}
     tasks = {kinds[name][0] for name in scores}
-    return {key: {"score": value, "interval": None} for key, value in (found | {"macro": float(np.mean([found[task] for task in tasks]))}).items()}
+    return {
+        key: {"score": value, "interval": None}
+        for key, value in (found | {"macro": float(np.mean([found[task] for task in tasks]))}).items()
+    }
 
 
 def results(values: Mapping[str, Sequence[float]], kinds: Mapping[str, tuple[str, str]] = SETS, **changes: Any) -> dict[str, Any]:
@@ -57,7 +68,13 @@ def results(values: Mapping[str, Sequence[float]], kinds: Mapping[str, tuple[str
     scores = {name: float(np.mean(row)) for name, row in values.items()}
     sets = {}
     for name, row in values.items():
-        sets[name] = {"meta_task": kinds[name][0], "split": kinds[name][1], "metric": "precision@1", "score": scores[name], "interval": None}
+        sets[name] = {
+            "meta_task": kinds[name][0],
+            "split": kinds[name][1],
+            "metric": "precision@1",
+            "score": scores[name],
+            "interval": None,
+        }
         sets[name] |= {"n": len(row), "candidates": 5, "chance": 0.2, "ties": 0, "metrics": {"hit@1": scores[name], "mrr@10": scores[name]}}
     made = {
         "format": 2,

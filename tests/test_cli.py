@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from vlm2vec.cli import main, read_items
+from vlm2vec.cli import main
+from vlm2vec.commands.encode import read_items
 from vlm2vec.config import load_recipe
 from vlm2vec.errors import InputError
 

@@ -219,7 +219,12 @@ def test_a_report_of_nothing_but_scores_stands() -> None:
     for entry in after["sets"].values():
         entry |= {"interval": None, "chance": None, "metrics": {}}
     missing = [{"name": "Atlas", "problems": ["no such file"]}]
-    after |= {"missing": missing, "examples": {}, "means": {key: {"score": None, "interval": None} for key in after["means"]}, "description": ""}
+    after |= {
+        "missing": missing,
+        "examples": {},
+        "means": {key: {"score": None, "interval": None} for key in after["means"]},
+        "description": "",
+    }
     text = "".join(Page(render(after, None, [])).text)
     assert "missing or broken: Atlas" in text and "4 sets were evaluated. Means are withheld" in text
     assert "Training" not in text and "What it retrieved" not in text

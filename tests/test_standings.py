@@ -41,7 +41,8 @@ def recomputed(published: Published) -> dict[tuple[str, str, str, str], float]:
             for mean in quote.means if len(column) == 36 else ():
                 members = [name for name, spec in sets.items() if mean in (spec.meta_task, spec.split, "overall")]
                 found[model, source.key, mean, "sets"] = fmean(column[name] for name in members)
-            if set(META_TASKS) | {"overall"} <= set(quote.means):
+            astray = [entry for entry in published.inconsistencies if (entry.model, entry.source, entry.basis) == (model, source, "sets")]
+            if set(META_TASKS) | {"overall"} <= set(quote.means) and not astray:
                 weighted = sum(count * quote.means[name] for name, count in META_TASKS.items()) / 36
                 found[model, source.key, "overall", "meta-tasks"] = weighted
     return found

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm2vec import log
+from vlm2vec.commands import positive, say
 
 HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a report with pictures, what was retrieved for each query.
 
@@ -23,8 +23,6 @@ HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a
 Everything that was encoded is kept in <to>/cache, by content: run the same command again after a kill and it goes on; change a picture, a
 prompt or a weight and only what it touches is encoded anew. The results are <to>/<model>@<digest>.json, and the folder of that name."""
 
-logger = log.get_logger(__name__)
-
 
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
@@ -34,14 +32,14 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--suite", default="mini", help="a name under benchmarks/ or a datasets.yaml (default: mini)")
     command.add_argument("--root", help="folder of the suite's data (default: what the suite names)")
     command.add_argument("--subset", nargs="+", metavar="SET", help="only these sets")
-    command.add_argument("--limit", type=_positive, help="at most this many queries per set, chosen by a hash")
+    command.add_argument("--limit", type=positive, help="at most this many queries per set, chosen by a hash")
     command.add_argument(
         "--protocol",
         choices=["strict", "reference"],
         default="strict",
         help="strict: a tie is a miss; reference: the choices of VLM2Vec's own evaluation, to compare with published numbers",
     )
-    command.add_argument("--dims", nargs="+", type=_positive, default=[], help="also score vectors cut to these lengths (Matryoshka)")
+    command.add_argument("--dims", nargs="+", type=positive, default=[], help="also score vectors cut to these lengths (Matryoshka)")
     command.add_argument(
         "--precisions", nargs="+", choices=["int8", "binary"], default=[], help="also score vectors stored in these precisions"
     )
@@ -49,7 +47,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--autocast", choices=["fp32", "bf16"], default="fp32", help="number format of the forward pass (default: fp32)")
     command.add_argument("--device", help="cpu, cuda or cuda:<n> (default: a GPU if there is one)")
     command.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's model section, as positions=flat")
-    command.add_argument("--chunk-tokens", type=_positive, default=32768, help="padded tokens of one forward (default: 32768)")
+    command.add_argument("--chunk-tokens", type=positive, default=32768, help="padded tokens of one forward (default: 32768)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode pictures ahead (default: 0)")
     command.add_argument(
         "--allow-missing", action="store_true", help="report sets whose data is missing instead of stopping; withholds the means"
@@ -59,15 +57,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", default="results", help="folder for results and cache (default: results)")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def run(given: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Evaluate and write: results, predictions, report, and a summary through `say`."""
+def run(given: argparse.Namespace) -> None:
+    """Evaluate and write: results, predictions, report."""
     from accelerate import PartialState
 
     from vlm2vec import dist
@@ -89,7 +80,7 @@ def run(given: argparse.Namespace, say: Callable[[str], None]) -> None:
         allow_missing=given.allow_missing,
     )
     if dist.is_main():
-        _write(given, suite, evaluation, say)
+        _write(given, suite, evaluation)
 
 
 def _encoder(given: argparse.Namespace) -> Any:
@@ -113,7 +104,7 @@ def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
     return grid[1:]
 
 
-def _write(given: argparse.Namespace, suite: Any, evaluation: Any, say: Callable[[str], None]) -> None:
+def _write(given: argparse.Namespace, suite: Any, evaluation: Any) -> None:
     from vlm2vec import io
     from vlm2vec.formats import reference_files
     from vlm2vec.report import table, write_report

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm2vec.report.blocks import folded, scrolling
-from vlm2vec.report.markup import Markup, breakable, el, join
+from vlm2vec.report.markup import Markup, el, join
 from vlm2vec.report.plain import plain, rows
 from vlm2vec.report.summary import percent
 from vlm2vec.standings import Inconsistency, Model, Published, Source
@@ -74,10 +74,14 @@ def _own_means(results: Mapping[str, Any], published: Published) -> dict[str, fl
 
 
 def _standing(model: Model, published: Published) -> Standing:
+    """The model by its first quote; of the others, the overall means that read differently, each with its sources."""
     first, *others = model.quotes
-    also = [f"{percent(value)} {quote.source.key}" for quote in others if (value := published.mean(quote, OVERALL)) is not None]
     means = {key: published.mean(first, key) for key in published.groups}
-    return Standing(model.name, means, first.source.key, ", ".join(also))
+    elsewhere: dict[str, list[str]] = {}
+    for quote in others:
+        elsewhere.setdefault(percent(published.mean(quote, OVERALL)), []).append(quote.source.key)
+    also = [f"{value} ({', '.join(keys)})" for value, keys in elsewhere.items() if value not in (percent(means[OVERALL]), percent(None))]
+    return Standing(model.name, means, first.source.key, "; ".join(also))
 
 
 def _shown_first(entry: Inconsistency, published: Published) -> bool:
@@ -146,8 +150,8 @@ def section(table: Beside) -> Markup:
 
 def _row(line: Standing, table: Beside) -> Markup:
     numbers = [el("td", _cell(line, key, table.doubted), class_="num main" if key == OVERALL else "num") for key in table.columns]
-    sources = [el("td", text, class_="from") for text in (line.source, line.also)]
-    return el("tr", el("th", breakable(line.title), scope="row"), *numbers, *sources, class_="ours" if line.ours else None)
+    sources = [el("td", line.source, class_="from"), el("td", line.also, class_="from elsewhere")]
+    return el("tr", el("th", line.title, scope="row", class_="long"), *numbers, *sources, class_="ours" if line.ours else None)
 
 
 def _source(source: Source) -> Markup:

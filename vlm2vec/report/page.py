@@ -101,7 +101,7 @@ def _header(summary: Summary, after: Mapping[str, Any]) -> Markup:
         el("p", sentence(summary), class_="lede"),
         *(el("p", text, class_="warning") for text in summary.warnings),
         scores.tiles(summary),
-        _facts(facts, "facts"),
+        fact_list(facts, "facts"),
     )
 
 
@@ -109,7 +109,8 @@ def _short(digest: str | None) -> Markup:
     return el("code", digest[:SHORT]) if digest else el("span", "none")
 
 
-def _facts(facts: Sequence[tuple[str, object]], style: str) -> Markup:
+def fact_list(facts: Sequence[tuple[str, object]], style: str) -> Markup:
+    """Named facts, laid out as `style` says."""
     return el("dl", *(el("div", el("dt", name), el("dd", value)) for name, value in facts), class_=style)
 
 
@@ -138,7 +139,7 @@ def _training(log: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not figures:
         return None
     last = [(words, f"{log[-1][key]:,.4g}") for key, words in LAST_STEP.items() if isinstance(log[-1].get(key), int | float)]
-    return join(el("p", SMOOTHED, class_="soft"), el("div", *figures, class_="figures"), _facts(last, "facts compact"))
+    return join(el("p", SMOOTHED, class_="soft"), el("div", *figures, class_="figures"), fact_list(last, "facts compact"))
 
 
 def _figure(title: str, words: str, drawing: Markup) -> Markup:
@@ -174,7 +175,7 @@ def _benchmark(after: Mapping[str, Any]) -> Markup:
 
 
 def _provenance(after: Mapping[str, Any], before: Mapping[str, Any] | None, recipe_yaml: str | None) -> Markup:
-    facts = _facts([(name, el("code", value)) for name, value in provenance(after, before)], "facts full")
+    facts = fact_list([(name, el("code", value)) for name, value in provenance(after, before)], "facts full")
     if recipe_yaml is None:
         return facts
     recipe = el("pre", el("code", recipe_yaml), tabindex=0)

@@ -58,7 +58,7 @@ def _legend(summary: Summary) -> list[Markup]:
         (el("line", x1=8, x2=8, y1=1, y2=15, class_="chance"), "chance"),
     ]
     if any(row.best for row in summary.sets):
-        keys.append((el("path", d="M3 13L13 13L8 5Z", class_="best"), "best published"))
+        keys.append((el("path", d="M8 0V16", class_="best"), "best published"))
     drawn = [el("span", _glyph(shape), " ", words, class_="key") for shape, words in keys]
     return drawn + [el("span", words, class_="key") for words in ("whiskers: 95 % interval", *([APART] if summary.compared else []))]
 
@@ -91,11 +91,11 @@ def table(summary: Summary, anchors: Anchors) -> Markup:
     """Every number; folded where there are many sets, since the drawing above names them all already."""
     scores = ["Before", "After", "Change"] if summary.compared else ["Score"]
     best = ["Best published"] if any(row.best for row in summary.sets) else []
-    heads = ["Set", "Split", *scores, *best, "Chance", "Queries", "Candidates", "Ties"]
+    heads = ["Set", "Split", *scores, *best, "Chance", "Queries", "Candidates", "Ties", *(["Best published by"] if best else [])]
     words = f"{summary.metric} in %, with 95 % intervals. {APART if summary.compared else ''}".strip()
     blocks = [*((group.mean, *group.sets) for group in summary.groups), summary.totals]
     bodies = [[_table_row(row, summary.compared, bool(best)) for row in rows] for rows in blocks if rows]
-    box = scrolling("All scores as a table", words, heads, bodies)
+    box = scrolling("All scores as a table", words, heads, bodies, (0, 1, len(heads) - 1) if best else (0, 1))
     return box if len(summary.sets) <= FOLD_ABOVE else folded("All scores as a table", box)
 
 
@@ -116,18 +116,15 @@ def _metrics_row(row: Row, names: Sequence[str]) -> Markup:
 
 def _table_row(row: Row, compared: bool, with_best: bool) -> Markup:
     scores = [_table_score(row.before), _table_score(row.after), _change(row)] if compared else [_table_score(row.after)]
-    best = [_table_best(row)] if with_best else []
+    best = [percent(row.best.score) if row.best else ""] if with_best else []
     counts = [percent(row.chance), size(row), number(row.details.get("candidates")), number(row.details.get("ties"))]
-    return _line(row, *(el("td", cell, class_="num") for cell in (*scores, *best, *counts)))
+    who = [el("td", row.best.model if row.best else "", class_="from")] if with_best else []
+    return _line(row, *(el("td", cell, class_="num") for cell in (*scores, *best, *counts)), *who)
 
 
 def _line(row: Row, *cells: Markup) -> Markup:
     name = el("th", breakable(row.title), scope="row")
     return el("tr", name, el("td", row.details.get("split", "")), *cells, class_=None if row.details else "mean")
-
-
-def _table_best(row: Row) -> Markup:
-    return join(percent(row.best.score), el("span", row.best.model, class_="soft who")) if row.best else Markup("")
 
 
 def _table_score(score: Score | None) -> Markup:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlm2vec.report.blocks import scrolling
+from vlm2vec.report.blocks import folded, scrolling
 from vlm2vec.report.markup import Markup, el, join
 from vlm2vec.report.plain import rows
 from vlm2vec.report.summary import META_TASKS, TOTALS, percent
 
+BITS = {"float32": 32, "int8": 8, "binary": 1}  # per dimension
 FACTOR = 4  # bytes of the factor that an int8 vector brings
 NAMES = {
     "classification": "Classification",
@@ -37,7 +38,7 @@ class Size:
     @property
     def vector_bytes(self) -> int:
         """Bytes per vector, without what an index adds."""
-        return {"float32": 4 * self.dims, "int8": self.dims + FACTOR, "binary": -(-self.dims // 8)}[self.precision]
+        return -(-self.dims * BITS[self.precision] // 8) + (FACTOR if self.precision == "int8" else 0)
 
 
 def sizes(after: Mapping[str, Any]) -> list[Size]:
@@ -66,15 +67,43 @@ def _heads(columns: Sequence[str]) -> list[str]:
 
 
 def section(found: Sequence[Size]) -> Markup:
-    """The table on the page."""
+    """Dimensions by precision with the overall mean and the bytes, then every mean, folded."""
     columns = _columns(found)
-    body = [_row(_cells(size, columns)) for size in found]
-    box = scrolling("Smaller vectors as a table", "Bytes per vector, and means in %.", _heads(columns), [body], words=(1,))
-    return join(el("p", WORDS, class_="prose"), box)
+    everything = scrolling(
+        "All means of smaller vectors",
+        "Bytes per vector, and means in %.",
+        _heads(columns),
+        [[_row(size, columns) for size in found]],
+        (1,),
+    )
+    return join(el("p", WORDS, class_="prose"), _matrix(found), folded("Every mean", everything))
 
 
-def _row(cells: Sequence[str]) -> Markup:
-    first, precision, *numbers = cells
+def _matrix(found: Sequence[Size]) -> Markup:
+    at = {(size.dims, size.precision): size for size in found}
+    kinds = [kind for kind in BITS if any(size.precision == kind for size in found)]
+    rows = []
+    for dims in sorted({size.dims for size in found}, reverse=True):
+        name = el("th", f"{dims:,}", scope="row", class_="num")
+        rows.append(el("tr", name, *(el("td", _square(at.get((dims, kind))), class_="num") for kind in kinds)))
+    return scrolling(
+        "Overall mean by dimensions and precision",
+        "Overall mean in %, its change, and bytes per vector.",
+        ["Dimensions", *kinds],
+        [rows],
+        (),
+    )
+
+
+def _square(size: Size | None) -> Markup | None:
+    if size is None:
+        return None
+    change = "" if size.change is None else f"{percent(size.change, signed=True)} · "
+    return join(el("b", percent(size.means.get("overall"))), el("span", f"{change}{size.vector_bytes:,} B", class_="soft cost"))
+
+
+def _row(size: Size, columns: Sequence[str]) -> Markup:
+    first, precision, *numbers = _cells(size, columns)
     return el("tr", el("th", first, scope="row", class_="num"), el("td", precision), *(el("td", cell, class_="num") for cell in numbers))
 
 

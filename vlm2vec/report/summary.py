@@ -94,7 +94,8 @@ class Group:
 class Summary:
     """All rows of a report.
 
-    `comparable` is False when before and after were measured under different protocols; `noticed` is what the evaluation itself warned of.
+    `comparable` is False when before and after were measured under different protocols; `noticed` is what the evaluation itself warned of;
+    `standard` names the total that stands for all: overall where scores are published, so that it can be held against them, else macro.
     """
 
     suite: str
@@ -105,6 +106,7 @@ class Summary:
     comparable: bool
     missing: tuple[str, ...]
     noticed: tuple[str, ...]
+    standard: str = "macro"
 
     @property
     def sets(self) -> list[Row]:
@@ -112,8 +114,8 @@ class Summary:
 
     @property
     def headline(self) -> Row | None:
-        """The macro mean, or the last total there is."""
-        return self.totals[-1] if self.totals else None
+        """The standard mean, or the last total there is."""
+        return next((row for row in self.totals if row.key == self.standard), self.totals[-1] if self.totals else None)
 
     @property
     def at_chance(self) -> list[Row]:
@@ -155,6 +157,7 @@ def summarize(after: Mapping[str, Any], before: Mapping[str, Any] | None = None,
         comparable=before is None or before.get("protocol_digest") == after.get("protocol_digest"),
         missing=tuple(entry["name"] if isinstance(entry, Mapping) else entry for entry in after.get("missing", ())),
         noticed=(*after.get("warnings", ()), *(f"Before: {text}" for text in (before or {}).get("warnings", ()))),
+        standard="overall" if published else "macro",
     )
 
 
