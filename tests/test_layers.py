@@ -17,7 +17,7 @@ LAYERS = (
     ("data", "collate", "backbones", "batch", "cache", "suite"),
     ("lora", "encoder", "checkpoint"),
     ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
-    ("cli",),
+    ("cli", "cli_data"),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who must not know whom although the layers allow it: data never sees a processor, and a reader of rows never sees a model.

