@@ -1,4 +1,4 @@
-"""A small Hub on loopback: dataset repositories at commits, file lists, files with ranges, a CDN behind redirects, and failures on demand."""
+"""A small Hub on loopback: dataset repositories at commits, file lists, files with ranges, a CDN behind redirects, failures on demand."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class Hub:
     def __enter__(self) -> Hub:
         for server in self.servers:
             server.daemon_threads = True
+            server.handle_error = lambda *_: None  # clients of these tests are killed
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -66,16 +66,10 @@ class Download:
     pictures: PicturesSpec
     next: str = ""
 
-    def sets(self, names: Sequence[str] = ()) -> list[str]:
-        """Folder names of the sets called `names` (none: of all), in the suite's order. Raises DataError for a name there is not."""
+    def sets(self) -> dict[str, str]:
+        """The sets by name, each with its folder, in the suite's order."""
         suite = load_suite(self.suite)
-        known = {spec.name: spec.path for spec in (suite.sets if self.side == "eval" else suite.train)}
-        for name in names:
-            if name not in known:
-                near = nearest(name, known)
-                hint = f"did you mean {near}?" if near else f"there are: {', '.join(known)}"
-                raise DataError(f"{self.name} has no set {name!r}; {hint}")
-        return [path for name, path in known.items() if not names or name in names]
+        return {spec.name: spec.path for spec in (suite.sets if self.side == "eval" else suite.train)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +96,12 @@ class Sheet:
         for download in self.downloads:
             if download.name == name:
                 return download
-        raise DataError(f"no dataset {name!r} to fetch; there are: {', '.join(download.name for download in self.downloads)}")
+        known = ["mini", *(download.name for download in self.downloads)]
+        near = nearest(name, known)
+        raise DataError(f"no dataset {name!r}{f'; did you mean {near}?' if near else ''} (there are: {', '.join(known)})")
 
 
+@cache
 def load_sheet(file: Path = FILE) -> Sheet:
     """Read a sheet of downloads. Raises DataError naming the file and the line."""
     try:

@@ -26,6 +26,7 @@ from vlm2vec.data.mmeb import CANDIDATES, EVAL_QUERY
 from vlm2vec.data.readers import Column, read_rows
 from vlm2vec.errors import DataError
 from vlm2vec.log import get_logger, progress
+from vlm2vec.strict_yaml import nearest
 
 _logger = get_logger(__name__)
 
@@ -35,14 +36,18 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: sets by folder name (`every` of them or some), and splits."""
+    """What was asked for: sets by folder name, out of `total`, and splits."""
 
     download: Download
     folder: Path
     sets: tuple[str, ...]
-    every: bool
+    total: int
     splits: tuple[str, ...]
     keep_archives: bool = False
+
+    @property
+    def every(self) -> bool:
+        return len(self.sets) == self.total
 
     @property
     def selection(self) -> tuple[str, ...] | None:
@@ -99,9 +104,15 @@ def request_for(
     splits = download.rows.splits
     if split not in (None, "all", *splits):
         raise DataError(f"{name} has no split {split!r}; there are: {', '.join(splits)} and all")
+    known = download.sets()
+    for subset in subsets:
+        if subset not in known:
+            near = nearest(subset, known)
+            hint = f"did you mean {near}?" if near else f"there are: {', '.join(known)}"
+            raise DataError(f"{name} has no set {subset!r}; {hint}")
+    sets = tuple(path for set_name, path in known.items() if not subsets or set_name in subsets)
     chosen = splits if split == "all" else (split or splits[0],)
-    sets = download.sets(subsets)
-    return Request(download, Path(to or download.to), tuple(sets), len(sets) == len(download.sets()), chosen, keep_archives)
+    return Request(download, Path(to or download.to), sets, len(known), chosen, keep_archives)
 
 
 def make_plan(request: Request, ledger: Ledger) -> Plan:
@@ -112,7 +123,7 @@ def make_plan(request: Request, ledger: Ledger) -> Plan:
     missing_rows = tuple(file for file in rows if not hub.matches(request.target(file), file))
     missing_archives = tuple(file for file in archives if not ledger.holds(file, request.folder, request.selection))
     begun = sum(_begun(file, request.folder) for file in (*missing_rows, *missing_archives))
-    share = 1.0 if request.selection is None else len(request.sets) / len(download.sets())
+    share = 1.0 if request.selection is None else len(request.sets) / request.total
     unpacked = [int(file.bytes * download.pictures.unpacked * share) for file in missing_archives]
     needed = max(0, _height(_bytes(missing_rows), missing_archives, unpacked, request.keep_archives) - begun)
     used = dict.fromkeys((download.rows.repository, download.pictures.repository))
@@ -185,7 +196,7 @@ class Fetched:
         lines += [f"  pictures  {pictures:,} files: {request.folder / download.pictures.into}"]
         lines += [f"  from      {repository} at {commit}" for repository, commit in self.plan.commits.items()]
         lines += [f"  this run  fetched {done[0]} files of rows and {done[1]} archives" if any(done) else "  this run  nothing was missing"]
-        lines += [f"next: vlm2vec data check {request.folder}"]
+        lines += [f"next: vlm2vec data check {request.folder}" + ("" if request.every else f" --subset {' '.join(request.sets)}")]
         return "\n".join([*lines, f"      {download.next}"] if download.next else lines)
 
 
@@ -199,6 +210,7 @@ def fetch(request: Request, revision: str | None = None) -> Fetched:
         ledger = _located(request, revision)
         ledger.save()
         plan = make_plan(request, ledger)
+        _tidy(plan)
         if plan.complete:
             return Fetched(plan, ledger)
         _logger.info("%s", plan.text())
@@ -266,6 +278,16 @@ def _fetch_pictures(archive: RemoteFile, request: Request, ledger: Ledger) -> No
         _let_go(fetched, by_hand if request.keep_archives else None)
     if wanted is not None and not request.keep_archives:
         _logger.info("%s holds the pictures of all sets: more sets later fetch it again, unless --keep-archives keeps it", archive.path)
+
+
+def _tidy(plan: Plan) -> None:
+    """Let go of what a killed run left: the archive that it had just unpacked, and the file that it was writing its record to."""
+    request, work = plan.request, plan.request.folder / FOLDER
+    for archive in (file for file in plan.archives if file not in plan.missing_archives):
+        if _archive_path(archive, work).exists():
+            _let_go(_archive_path(archive, work), request.folder / archive.path if request.keep_archives else None)
+    for left in work.glob(".*.tmp"):
+        left.unlink()
 
 
 def _archive_path(archive: RemoteFile, work: Path) -> Path:

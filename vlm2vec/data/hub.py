@@ -10,10 +10,9 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -26,7 +25,8 @@ from vlm2vec.io.disk import DiskErrors
 from vlm2vec.io.faults import fault
 from vlm2vec.log import get_logger
 
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes read from a file at once
+PIECE = 1 << 16  # bytes of a download written at once: what a broken connection loses at most
 WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt that follows one without progress
 LONGEST_WAIT = 300  # seconds, whatever a server asks for
 TIMEOUT = 60  # seconds without a byte
@@ -35,8 +35,6 @@ FAILURES = (HTTPError, OfflineModeIsEnabled, HFValidationError)
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 _logger = get_logger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,25 @@ def commit_of(repository: str, revision: str) -> str:
     """The commit that a branch, tag or commit of a dataset repository stands for."""
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     what = f"dataset {repository}@{revision}"
-    found = _patiently(lambda: api.dataset_info(repository, revision=revision, timeout=TIMEOUT).sha, what)
-    if not found:
-        raise DataError(f"{what}: the server names no commit")
-    return found
+    patience = _Patience(what)
+    while True:
+        try:
+            found = api.dataset_info(repository, revision=revision, timeout=TIMEOUT).sha
+        except FAILURES as error:
+            patience.wait(error)
+            continue
+        if not found:
+            raise DataError(f"{what}: the server names no commit")
+        return found
 
 
 def list_files(repository: str, commit: str) -> list[RemoteFile]:
     """All files of a dataset repository at a commit."""
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    tree = _patiently(
-        lambda: list(api.list_repo_tree(repository, recursive=True, revision=commit, repo_type="dataset")), f"dataset {repository}@{commit}"
-    )
+    try:  # this call waits and tries again by itself
+        tree = list(api.list_repo_tree(repository, recursive=True, revision=commit, repo_type="dataset"))
+    except FAILURES as error:
+        raise explained(error, f"dataset {repository}@{commit}") from None
     return [_remote(repository, commit, entry) for entry in tree if isinstance(entry, RepoFile)]
 
 
@@ -155,7 +160,7 @@ def _append(file: RemoteFile, part: Path, have: int, progress: Any) -> None:
             have = 0
         with part.open("ab") as sink:
             sink.truncate(have)
-            for block in response.iter_bytes(BLOCK):
+            for block in response.iter_bytes(PIECE):
                 block = block[: file.bytes - have]
                 sink.write(block)
                 sink.flush()  # what has come survives a kill
@@ -185,15 +190,6 @@ class _Patience:
         pause = min(max(WAITS[self._tries - 1], _asked_for(error)), LONGEST_WAIT)
         _logger.warning("%s: %s; trying again in %d s", self._what, words(error), pause)
         time.sleep(pause)
-
-
-def _patiently(call: Callable[[], Result], what: str) -> Result:
-    patience = _Patience(what)
-    while True:
-        try:
-            return call()
-        except FAILURES as error:
-            patience.wait(error)
 
 
 def _status(error: Exception) -> int:
