@@ -179,15 +179,11 @@ def groups_of(sets: Sequence[SetSpec]) -> Groups:
     return groups | {"overall": [spec.name for spec in sets], "macro": {name: members for name, members in meta_tasks.items() if members}}
 
 
-def _means(
-    sets: Sequence[SetSpec], found: Mapping[str, Scored], variant: int | None
-) -> dict[str, dict[str, Any]]:
+def _means(sets: Sequence[SetSpec], found: Mapping[str, Scored], variant: int | None) -> dict[str, dict[str, Any]]:
     return {name: _mean(group, found, variant) for name, group in groups_of(sets).items()}
 
 
-def _mean(
-    group: Sequence[str] | Mapping[str, Sequence[str]], found: Mapping[str, Scored], variant: int | None
-) -> dict[str, Any]:
+def _mean(group: Sequence[str] | Mapping[str, Sequence[str]], found: Mapping[str, Scored], variant: int | None) -> dict[str, Any]:
     """Mean and interval of a group of sets, or of groups; None for both where a set of it is missing."""
     parts = dict(group) if isinstance(group, Mapping) else {"": group}
     if any(name not in found for part in parts.values() for name in part):
@@ -198,9 +194,7 @@ def _mean(
     return {"score": score, "interval": list(interval(nested))}
 
 
-def _grid(
-    sets: Sequence[SetSpec], scored: Sequence[Scored], variants: Sequence[Variant]
-) -> Iterator[dict[str, Any]]:
+def _grid(sets: Sequence[SetSpec], scored: Sequence[Scored], variants: Sequence[Variant]) -> Iterator[dict[str, Any]]:
     """A cell for each variant: scores of the sets and their means."""
     found = {each.task.spec.name: each for each in scored}
     for index, variant in enumerate(variants):

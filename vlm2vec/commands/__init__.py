@@ -1,5 +1,5 @@
-"""The commands of `vlm2vec`, a module each: HELP, `arguments(command)` that declares them, `run(given)` that does the work and says what came of
-it. Modules are imported for `--help` already, so whatever is slow to import is imported where it is used.
+"""The commands of `vlm2vec`, a module each: HELP, `arguments(command)` that declares them, `run(given)` that does the work and says what
+came of it. The modules are imported for `--help` already, so whatever is slow to import is imported where it is used.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ A run that was stopped, however it was stopped, goes on where it was when the sa
 command does nothing and needs no network. HF_TOKEN is used where a repository asks for it, HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1
 forbids the network. `vlm2vec data list` shows the datasets."""
 
-MAKE_HELP = """Draw a benchmark of MMEB's shape: 36 evaluation and 20 training sets in the real layout, traps included. Its scores mean nothing.
+MAKE_HELP = """Draw a benchmark of MMEB's shape: 36 evaluation and 20 training sets in the real layout, traps included.
+
+The pictures are coloured shapes; a score on them says nothing about MMEB.
 
   vlm2vec data make data/mmeb-made && vlm2vec eval MODEL --suite data/mmeb-made/datasets.yaml"""
 
@@ -94,9 +96,9 @@ def _get(given: argparse.Namespace) -> None:
 def _build_mini(given: argparse.Namespace) -> None:
     from vlm2vec.data import mini
 
-    given = [name for name in ("subset", "revision", "split", "keep_archives", "dry_run") if getattr(given, name)]
-    if given:
-        raise DataError(f"mini is built as a whole on this machine: --{given[0].replace('_', '-')} does not apply to it")
+    asked = [name for name in ("subset", "revision", "split", "keep_archives", "dry_run") if getattr(given, name)]
+    if asked:
+        raise DataError(f"mini is built as a whole on this machine: --{asked[0].replace('_', '-')} does not apply to it")
     say(f"ready: {mini.build(Path(given.to or 'data/mini'))}")
 
 

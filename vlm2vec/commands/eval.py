@@ -14,8 +14,8 @@ HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a
 
   vlm2vec eval runs/quickstart/model --suite mini
   vlm2vec data get mmeb-eval                                              once, into data/MMEB-eval
-  vlm2vec eval TIGER-Lab/VLM2Vec-Qwen2VL-2B --suite mmeb                  a published checkpoint
-  vlm2vec eval runs/phi35_lora/model --suite mmeb --root /data/MMEB-eval  the benchmark's data elsewhere
+  vlm2vec eval TIGER-Lab/VLM2Vec-Full --suite mmeb                          a published checkpoint
+  vlm2vec eval runs/lora/model --suite mmeb --root /data/MMEB-eval        the benchmark's data elsewhere
   vlm2vec eval MODEL --suite mmeb --subset OK-VQA CIRR --limit 100        a quick look
   vlm2vec eval MODEL --suite mmeb --dims 64 256 --precisions int8 binary  what shorter and coarser vectors cost, in the same run
   accelerate launch --multi_gpu --num_processes 8 --module vlm2vec eval MODEL --suite mmeb
