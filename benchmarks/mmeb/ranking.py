@@ -73,10 +73,13 @@ class Memory:
 
 
 @contextmanager
-def timed(seconds: list[float]) -> Iterator[None]:
-    start = time.perf_counter()
+def timed(seconds: list[float], of_cpu: list[float] | None = None) -> Iterator[None]:
+    """Append the seconds that pass, and those that all threads compute."""
+    start, computed = time.perf_counter(), time.process_time()
     yield
     seconds.append(time.perf_counter() - start)
+    if of_cpu is not None:
+        of_cpu.append(time.process_time() - computed)
 
 
 def verdict(held: bool) -> str:
@@ -118,12 +121,13 @@ def mmeb(sets: int, loops: int) -> bool:
     """Rank all sets, the first few by the loop too."""
     ours: list[float] = []
     theirs: list[float] = []
+    computed: list[float] = []
     agreed = 0
     highest = 0
     for index in range(sets):
         query, target, candidates = make_set(index)
         relevant, grades = [row[:1] for row in candidates], [np.ones(1, dtype=np.float32)] * QUERIES
-        with Memory() as memory, timed(ours):
+        with Memory() as memory, timed(ours, computed):
             found = rank(query, target, candidates, relevant, grades, ties="reference")
             values = {name: per_query(name, found.position_QR, grades) for name in METRICS}
             bounds = interval(values["hit@1"])
@@ -137,11 +141,11 @@ def mmeb(sets: int, loops: int) -> bool:
             print(f"ours {ours[-1]:.2f} s, loop {theirs[-1]:.2f} s, ratio {theirs[-1] / ours[-1]:.1f}")
     ratio = sum(theirs) / sum(ours[:loops])
     print(f"the same hits for {agreed:,} of {loops * QUERIES:,} queries (the loop's float32 sums break ties between copies at random)")
-    print(f"{sets} sets: ours {sum(ours):.1f} s ({verdict(sum(ours) < SECONDS)}: under {SECONDS} s), ", end="")
-    print(f"loop {sum(theirs) / loops * sets:.0f} s from {loops} sets; ratio {ratio:.1f} ({verdict(ratio >= RATIO)}: at least {RATIO})")
     print(
-        f"private memory {highest / 1e9:.2f} GB at most, embeddings of a set included ({verdict(highest < BYTES)}: under {BYTES / 1e9:g} GB)"
+        f"{sets} sets: ours {sum(ours):.1f} s ({verdict(sum(ours) < SECONDS)}: under {SECONDS} s), {sum(computed):.1f} s of CPU; ", end=""
     )
+    print(f"loop {sum(theirs) / loops * sets:.0f} s from {loops} sets; ratio {ratio:.1f} ({verdict(ratio >= RATIO)}: at least {RATIO})")
+    print(f"private memory {highest / 1e9:.2f} GB at most ({verdict(highest < BYTES)}: under {BYTES / 1e9:g} GB), the embeddings too")
     return sum(ours) < SECONDS and ratio >= RATIO and highest < BYTES
 
 
@@ -185,10 +189,11 @@ def million(rows: int, checks: int, folder: Path) -> bool:
     query, relevant, grades = make_corpus(folder / "corpus.npy", rows)
     corpus = np.load(folder / "corpus.npy", mmap_mode="r")
     seconds: list[float] = []
-    with Memory() as memory, timed(seconds):
+    computed: list[float] = []
+    with Memory() as memory, timed(seconds, computed):
         found = rank(query, corpus, None, relevant, grades, top=TOP)
     print(f"{rows:,} x {CORPUS_DIMS} targets ({corpus.nbytes / 1e9:.1f} GB), {QUERIES:,} queries, top {TOP}: {seconds[0]:.1f} s, ", end="")
-    print(f"{2e-9 * rows * CORPUS_DIMS * QUERIES / seconds[0]:.0f} GFLOP/s in float64")
+    print(f"{computed[0]:.1f} s of CPU, {2e-9 * rows * CORPUS_DIMS * QUERIES / seconds[0]:.0f} GFLOP/s in float64")
     print(f"private memory {memory.peak / 1e9:.2f} GB at most ({verdict(memory.peak < BYTES)}: under {BYTES / 1e9:g} GB), ", end="")
     print(f"mapped at a time {memory.mapped / 1e9:.2f} GB of files")
     chosen = np.linspace(0, QUERIES - 1, checks).astype(int)
