@@ -356,7 +356,7 @@ def test_results_say_what_was_measured_and_on_what(root: Path) -> None:
     results = run(root, recipe_digest="abc")
     parts = "format suite description protocol protocol_digest model versions sets means grid missing warnings examples timing"
     assert list(results) == parts.split()
-    assert results["model"] == {"path": "compass", "fingerprint": Compass().fingerprint(), "recipe_digest": "abc"}
+    assert results["model"] == {"path": "compass", "fingerprint": Compass().fingerprint(), "recipe_digest": "abc", "dims": 2}
     assert set(results["versions"]) == {"python", "torch", "transformers", "vlm2vec"}
     assert "timing" not in json.loads(scores_json(results)) and results["timing"]["items"] > 0
     paint(root, 49, "angles/40.png")  # one picture says something else now

@@ -120,7 +120,7 @@ def evaluate(
         "description": suite.description,
         "protocol": described,
         "protocol_digest": digest(described),
-        "model": {"path": encoder.source, "fingerprint": fingerprint, "recipe_digest": recipe_digest},
+        "model": {"path": encoder.source, "fingerprint": fingerprint, "recipe_digest": recipe_digest, "dims": scored[0].dims},
         "versions": _versions(),
         "sets": {found.task.spec.name: found.entry() for found in scored},
         "means": _means(suite.sets, {found.task.spec.name: found for found in scored}, None),
@@ -199,7 +199,7 @@ def _grid(sets: Sequence[SetSpec], scored: Sequence[Scored], variants: Sequence[
     found = {each.task.spec.name: each for each in scored}
     for index, variant in enumerate(variants):
         yield {
-            "dims": variant.dims,
+            "dims": variant.dims or scored[0].dims,
             "precision": variant.precision,
             "sets": {name: {"score": float(each.values(index).mean())} for name, each in found.items()},
             "means": _means(sets, found, index),

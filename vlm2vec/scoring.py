@@ -40,9 +40,10 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The outcome of one set. `value_Q` is the metric of the set for each query, `variants` the same for other forms of the vectors."""
+    """The outcome of one set, for embeddings of `dims` numbers. `value_Q` is the metric of the set for each query, `variants` the same for other forms of the vectors."""
 
     task: Task
+    dims: int
     ranking: Ranking
     value_Q: NDArray[np.float64]
     variants: list[NDArray[np.float64]]
@@ -140,7 +141,7 @@ def score(task: Task, cache: EmbeddingCache, ties: str, variants: Sequence[Varia
         logger.warning(warning)
     span = f"{100 * value_Q.mean():.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     logger.info("%s: %s %s, %d queries", task.spec.name, task.spec.metric, span, len(value_Q))
-    return Scored(task, ranking, value_Q, [valued(ranked(variant, 0)) for variant in variants], (low, high), warning)
+    return Scored(task, query_QD.shape[1], ranking, value_Q, [valued(ranked(variant, 0)) for variant in variants], (low, high), warning)
 
 
 class _Rows:

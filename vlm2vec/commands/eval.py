@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.commands import positive, say
+from vlm2vec.errors import InputError
 
 HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a report with pictures, what was retrieved for each query.
 
@@ -53,6 +54,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--allow-missing", action="store_true", help="report sets whose data is missing instead of stopping; withholds the means"
     )
     command.add_argument("--reference-files", action="store_true", help="also write {set}_score.json and {set}_pred.txt as VLM2Vec does")
+    command.add_argument(
+        "--submission", nargs="+", default=[], metavar="KEY=VALUE", help="also write what MMEB's leaderboard takes, e.g. model_name=Mine"
+    )
     command.add_argument("--name", help="name of the model in the results (default: from its path)")
     command.add_argument("--to", default="results", help="folder for results and cache (default: results)")
 
@@ -105,24 +109,42 @@ def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
 
 
 def _write(given: argparse.Namespace, suite: Any, evaluation: Any) -> None:
-    from vlm2vec import io
-    from vlm2vec.formats import reference_files
     from vlm2vec.report import table, write_report
-    from vlm2vec.standings import load as published
+    from vlm2vec.standings import load
 
     results = evaluation.results
-    name = given.name or model_name(given.adapter or given.model)
-    file = Path(given.to) / f"{name}@{evaluation.digest[:12]}.json"
+    file = Path(given.to) / f"{given.name or model_name(given.adapter or given.model)}@{evaluation.digest[:12]}.json"
     folder = file.with_suffix("")
     evaluation.write(file)
-    paths = write_report(folder, results, images_root=suite.root, published=published(suite))
-    if given.reference_files:
-        reference_files(folder / "reference", results, io.read_jsonl(folder / "predictions.jsonl"))
+    paths = write_report(folder, results, images_root=suite.root, published=load(suite))
     say(table(results))
     say(f"results      {file}")
     say(f"report       {paths['html']}  (open it in a browser)")
     say(f"predictions  {folder / 'predictions.jsonl'}")
+    _write_for_others(given, evaluation, folder)
     say(f"next         vlm2vec compare {file} OTHER.json    (is the difference more than noise?)")
+
+
+def _write_for_others(given: argparse.Namespace, evaluation: Any, folder: Path) -> None:
+    from vlm2vec import io
+    from vlm2vec.formats import submission, write_reference_files
+    from vlm2vec.strict_yaml import resolve
+
+    if given.reference_files:
+        write_reference_files(evaluation.results, evaluation.predictions(), folder / "reference")
+        say(f"reference    {folder / 'reference'}")
+    if given.submission:
+        io.write_json(
+            folder / "submission.json", submission(evaluation.results, {key: resolve(value) for key, value in _pairs(given.submission)})
+        )
+        say(f"submission   {folder / 'submission.json'}")
+
+
+def _pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
+    for text in texts:
+        if "=" not in text:
+            raise InputError(f"expected KEY=VALUE, got {text!r}")
+    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
 
 
 def model_name(path: str) -> str:
