@@ -94,6 +94,8 @@ def test_a_stray_placeholder_without_picture_stays_out_of_the_prompt(tmp_path: P
         (["a", "b"], [], [("a", []), ("b", [])]),
         (["a", "b"], None, [("a", []), ("b", [])]),
         (["a", "b"], [""], [("a", []), ("b", [])]),
+        (["a", None], "", [("a", [])]),
+        (["a", ""], ["", "images/y.png"], [("a", []), ("", ["images/y.png"])]),
         (["a", "b"], ["images/x.png", "images/y.png"], [("a", ["images/x.png"]), ("b", ["images/y.png"])]),
         ([""], ["images/x.png", "images/y.png"], [("", ["images/x.png"]), ("", ["images/y.png"])]),
         ([], [], []),
@@ -122,6 +124,14 @@ def test_splits(tmp_path: Path, split: str) -> None:
     columns = {name: [value] for name, value in zip(TRAIN, (f"of {split}", "", "p", "", "", ""), strict=True)}
     write(tmp_path / "A", split, columns, jsonl=False)
     assert read_train(tmp_path, "A", split=split)[0].query.text == f"of {split}"
+
+
+@pytest.mark.parametrize("words", ["Represent <|image_1|> for classification.\n", "What is it?\n<|image_1|>\n", "<|image_1|> Name it\n"])
+def test_a_paraphrase_may_place_the_picture_anywhere(tmp_path: Path, words: str) -> None:
+    """Rows of `diverse_instruction`."""
+    write(tmp_path / "A", "diverse_instruction", dict(zip(TRAIN, ([words], ["a.png"], ["p"], [""]), strict=False)), jsonl=False)
+    pair = read_train(tmp_path, "A", split="diverse_instruction")[0]
+    assert render(pair.query) == words and len(pair.query.images) == 1
 
 
 def test_a_source_may_be_called_otherwise_than_its_folder(tmp_path: Path) -> None:
