@@ -93,6 +93,8 @@ def test_page_shows_who_got_what_right(both: list[Measured]) -> None:
     text = " ".join("".join(Page(render(compare(both), both)).text).split())
     assert "Only B is right" in text and "Only A is right" in text and "30 up, 5 down" in text
     assert text.count("Hit") == text.count("Miss") == 3 + 3 + 3 + 1  # Groceries both ways, Icons three and one
+    gained, lost = text.split("Only A is right")[0].split("Only B is right")[1], text.split("Only A is right")[1]
+    assert gained.index("Miss") < gained.index("Hit") and lost.index("Hit") < lost.index("Miss")  # A stands above B
     nothing = " ".join("".join(Page(render(compare([both[0]] * 2), [both[0]] * 2)).text).split())
     assert "are identical" in nothing and "Only B" not in nothing
 

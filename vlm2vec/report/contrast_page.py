@@ -207,7 +207,7 @@ def _column(gained: bool, side: Side, found: Sequence[Flip], contrast: Contrast,
 def _card(flip: Flip, contrast: Contrast, shared: Shared) -> Markup:
     first, second = _both(flip)
     blocks = [
-        el("div", *answer(prediction, shared, side.letter, SHOWN), class_="hit" if prediction["hit"] else "miss")
+        el("div", *answer(prediction, shared, side.letter), class_="hit" if prediction["hit"] else "miss")
         for side, prediction in ((contrast.first, first), (contrast.second, second))
     ]
     return el("article", question(flip.first, shared), el("div", *blocks, class_="answer two"), class_="example flip")

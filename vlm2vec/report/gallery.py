@@ -141,12 +141,12 @@ def question(example: Example, shared: Shared) -> Markup:
     return el("div", _face(example["query"], shared.pictures, shared.query_lead, "query"), class_="query")
 
 
-def answer(example: Example, shared: Shared, who: str = "", most: int | None = None) -> list[Markup | None]:
-    """Whether it was a hit, at most `most` of what was retrieved, and the gold one where that is not among them. `who` answered."""
-    items = example["retrieved"][:most]
+def answer(example: Example, shared: Shared, who: str = "") -> list[Markup | None]:
+    """Whether it was a hit, what was retrieved, and the gold one where it is known and not among that. `who` answered."""
+    items = example["retrieved"]
     style = "found pictures" if any(item.get("image") for item in items) else "found words"
     found = el("ol", *(_candidate(item, rank, shared) for rank, item in enumerate(items, 1)), class_=style)
-    return [_verdict(example, who), found, _sought(example, shared) if most is None else None]
+    return [_verdict(example, who), found, _sought(example, shared)]
 
 
 def _verdict(example: Example, who: str = "") -> Markup:

@@ -76,7 +76,7 @@ def section(found: Sequence[Size]) -> Markup:
         [[_row(size, columns) for size in found]],
         (1,),
     )
-    return join(el("p", WORDS, class_="prose"), _matrix(found), folded("Every mean", everything))
+    return join(el("p", WORDS, class_="prose"), el("div", _matrix(found), class_="matrix"), folded("Every mean", everything))
 
 
 def _matrix(found: Sequence[Size]) -> Markup:
