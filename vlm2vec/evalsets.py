@@ -169,7 +169,11 @@ def _read(spec: SetSpec, root: Path, limit: int | None, seed: int, problems: dic
     """One set, or None with the reason noted in `problems`."""
     try:
         data = read_set(root, spec, root / IMAGES)
-        listed = len(data.candidates) if data.candidates_QM is None else int(np.median([len(row) for row in data.candidates_QM]))
+        listed = (
+            len(data.candidates) + data.duplicates
+            if data.candidates_QM is None
+            else int(np.median([len(row) for row in data.candidates_QM]))
+        )
         if (len(data.queries), listed) != (spec.queries, spec.candidates):
             wanted = f"the suite says {spec.queries} and {spec.candidates}; another version of the data?"
             raise DataError(f"{root / spec.path}: {len(data.queries)} queries and {listed} candidates (median), {wanted}")

@@ -211,11 +211,12 @@ def _grid(sets: Sequence[SetSpec], scored: Sequence[Scored], variants: Sequence[
 
 def _protocol(encoder: Any, suite: Suite, intake: Intake, options: Mapping[str, Any]) -> dict[str, Any]:
     """All that must be equal for two results to be compared."""
-    specs = [[spec.name, spec.meta_task, spec.split, spec.metric, spec.scope] for spec in suite.sets]
+    specs = {spec.name: [spec.meta_task, spec.split, spec.metric, spec.scope] for spec in suite.sets}
     rule = PROTOCOLS[options["protocol"]]
     return {
         "suite": suite.name,
-        "suite_digest": digest({"sets": specs, "data": {task.spec.name: task.digest for task in intake.tasks}}),
+        "suite_digest": digest(specs),
+        "data": {task.spec.name: task.digest for task in intake.tasks},
         **options,
         "limit_rule": "queries chosen by a hash of seed and row, candidates whole" if options["limit"] else None,
         "identity": IDENTITIES[rule.identity],

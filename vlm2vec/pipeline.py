@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from vlm2vec import dist, io
+from vlm2vec import dist, io, standings
 from vlm2vec.config import Recipe, dump
 from vlm2vec.encoder import Encoder
+from vlm2vec.errors import DataError
 from vlm2vec.evaluate import evaluate
 from vlm2vec.report import table, write_report
 from vlm2vec.signals import StopSignal
@@ -59,6 +60,10 @@ def run(recipe: Recipe, fresh: bool = False) -> Done:
     run_dir = Path(recipe.run.dir)
     with io.run_lock(run_dir) if dist.is_main() else nullcontext(), StopSignal() as stop:
         suite = load_suite(recipe.evaluate.suite, recipe.evaluate.root) if recipe.evaluate.suite else None
+        if suite and not suite.root.is_dir():  # said now rather than after the last step
+            raise DataError(
+                f"evaluate.suite {suite.name}: data folder {suite.root} does not exist; get the data, or say evaluate.suite=null"
+            )
         if dist.is_main():
             prepare_run_dir(recipe, fresh)
         dist.barrier()
@@ -102,4 +107,4 @@ def _results(recipe: Recipe, suite: Suite | None, file: Path, encoder: Callable[
 
 def _report(recipe: Recipe, suite: Suite, before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Path]:
     run_dir = Path(recipe.run.dir)
-    return write_report(run_dir, after, before, io.read_jsonl(run_dir / LOG), dump(recipe), suite.root)
+    return write_report(run_dir, after, before, io.read_jsonl(run_dir / LOG), dump(recipe), suite.root, standings.load(suite))

@@ -40,7 +40,10 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """The outcome of one set, for embeddings of `dims` numbers. `value_Q` is the metric of the set for each query, `variants` the same for other forms of the vectors."""
+    """The outcome of one set, for embeddings of `dims` numbers.
+
+    `value_Q` is the metric of the set for each query, `variants` the same for other forms of the vectors.
+    """
 
     task: Task
     dims: int

@@ -42,10 +42,12 @@ class Size:
 
 
 def sizes(after: Mapping[str, Any]) -> list[Size]:
-    """The entries of the results' grid, largest vector first."""
+    """The entries of the results' grid with the vectors as they are among them, largest vector first; nothing without a grid."""
+    if not after.get("grid"):
+        return []
     full = (after["means"].get("overall") or {}).get("score")
     found = []
-    for entry in after.get("grid", ()):
+    for entry in ({"dims": after["model"]["dims"], "precision": "float32", "means": after["means"]}, *after["grid"]):
         means = {key: mean["score"] for key, mean in entry["means"].items()}
         overall = means.get("overall")
         change = None if full is None or overall is None else overall - full

@@ -25,6 +25,7 @@ TOTALS = {
     "overall": "Overall, mean of sets",
     "macro": "Macro, mean of meta-tasks",
 }
+NAMED = 8  # sets listed in a sentence
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,10 @@ def _beyond_intervals(summary: Summary) -> str:
 
 
 def _beyond_chance(summary: Summary) -> str:
-    low = ", ".join(row.title for row in summary.at_chance)
-    return f"Not clearly above chance: {low}." if low else "Every set is above its chance."
+    low = summary.at_chance
+    if len(low) > NAMED:
+        return f"{len(low)} of {len(summary.sets)} sets are not clearly above chance."
+    return f"Not clearly above chance: {', '.join(row.title for row in low)}." if low else "Every set is above its chance."
 
 
 def _sign(change: float) -> int:
