@@ -472,10 +472,14 @@ def test_only_the_queries_text_is_diverse(folder: Path) -> None:
             assert diverse | {"qry": ""} == row | {"qry": ""}
 
 
+def b3_rows(folder: Path, name: str) -> list[Row]:
+    return pq.read_table(folder / name / "train-00000-of-00001.parquet").to_pylist()
+
+
 def test_lists_of_negatives(tmp_path: Path) -> None:
     write_b3(tmp_path, MMEB)
     for name in TRAIN_NAMES:
-        rows = pq.read_table(tmp_path / name / "train-00000-of-00001.parquet").to_pylist()
+        rows = b3_rows(tmp_path, name)
         read = read_train(tmp_path, name, split="train")
         assert len(rows) == len(read) == 12
         for row in rows:
@@ -544,10 +548,13 @@ def test_archives_of_training_pictures(folder: Path, hub: Path) -> None:
         junk = {path for path in contents if path.startswith("__MACOSX/") or path.rpartition("/")[2].startswith(".")}
         assert f"{name}/Train/.DS_Store" in junk
         assert {f"__MACOSX/{name}/Train/._", f"{name}/Train/._"} <= {path[: path.index("._") + 2] for path in junk if "._" in path}
-        images = folder / "MMEB-train" / "images"
-        assert {path: data for path, data in contents.items() if path not in junk} == {
-            path.relative_to(images).as_posix(): path.read_bytes() for path in (images / name / "Train").iterdir()
-        }
+        pictures = {path: data for path, data in contents.items() if path not in junk}
+        rows, more = (train_table(folder, name), b3_rows(hub / "VLM2Vec" / "B3-2b", name))
+        named = {row[column] for row in rows for column in row if column.endswith("image_path")}
+        named |= {path for row in more for path in (row["qry_image_path"], row["pos_image_path"], *row["neg_image_path"])}
+        assert {f"images/{path}" for path in pictures} == {path for path in named if path}
+        for file in (folder / "MMEB-train" / "images" / name / "Train").iterdir():
+            assert pictures[f"{name}/Train/{file.name}"] == file.read_bytes()
         for split in SPLITS:
             file = f"{name}/{split}-00000-of-00001.parquet"
             assert (hub / "TIGER-Lab" / "MMEB-train" / file).read_bytes() == (folder / "MMEB-train" / file).read_bytes()

@@ -1,9 +1,10 @@
 """The made-up data packed as the published repositories hold them, one folder per repository, for tests of what unpacks them.
 
-TIGER-Lab/MMEB-train           <SUBSET>/<split>-00000-of-00001.parquet, images_zip/<SUBSET>.zip (<SUBSET>/Train/<file>)
-TIGER-Lab/MMEB-eval            <SET>/test-00000-of-00001.parquet, images.zip (<SET>/<file>)
-TIGER-Lab/MMEB-V2              image-tasks/mmeb_v1.tar.gz (MMEB/<SET>/<file>)
-ziyjiang/MMEB_Test_Instruct    <SET>/test-00000-of-00001.parquet, the evaluation rows of MMEB-V2
+    TIGER-Lab/MMEB-train           <SUBSET>/<split>-00000-of-00001.parquet, images_zip/<SUBSET>.zip (<SUBSET>/Train/<file>)
+    TIGER-Lab/MMEB-eval            <SET>/test-00000-of-00001.parquet, images.zip (<SET>/<file>)
+    TIGER-Lab/MMEB-V2              image-tasks/mmeb_v1.tar.gz (MMEB/<SET>/<file>)
+    ziyjiang/MMEB_Test_Instruct    <SET>/test-00000-of-00001.parquet, the evaluation rows of MMEB-V2
+    VLM2Vec/B3-2b                  <SUBSET>/train-00000-of-00001.parquet, training rows with lists of negatives; pictures as in MMEB-train
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from pathlib import Path, PurePosixPath
 
 from vlm2vec.data.made.pictures import Picture
 from vlm2vec.data.made.sets import Size, eval_rows
-from vlm2vec.data.made.write import check_counts, eval_table, negatives_listed, train_sets, train_tables, write_table
+from vlm2vec.data.made.write import B3_NEGATIVES, b3_table, check_counts, eval_table, train_sets, train_tables, write_table
 from vlm2vec.suite import Suite
 
-TRAIN, EVAL, V2, INSTRUCT = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval", "TIGER-Lab/MMEB-V2", "ziyjiang/MMEB_Test_Instruct"
+TRAIN, EVAL, V2 = "TIGER-Lab/MMEB-train", "TIGER-Lab/MMEB-eval", "TIGER-Lab/MMEB-V2"
+INSTRUCT, B3 = "ziyjiang/MMEB_Test_Instruct", "VLM2Vec/B3-2b"
 APPLE_DOUBLE = b"\0\5\26\7\0\2\0\0Mac OS X        "  # how a file starts in which macOS keeps attributes of another
 Entries = Iterator[tuple[str, bytes]]
 
 
 def write_archives(to: Path, suite: Suite, *, queries: int = 8, candidates: int = 6, train_rows: int = 12, seed: int = 17) -> None:
-    """Write the repositories as folders `<to>/<owner>/<name>`, with the rows and pictures that `write_made` makes of the same arguments.
+    """Write the repositories as folders `<to>/<owner>/<name>`, with what `write_made` makes of the same arguments, and rows as `write_b3`.
 
     Archives of the training pictures also hold what macOS adds. Equal arguments give equal bytes, as for `write_made`.
     """
@@ -40,10 +42,11 @@ def write_archives(to: Path, suite: Suite, *, queries: int = 8, candidates: int 
         pictures |= {picture.path: picture for picture in rows.pictures}
     _write_zip(to / EVAL / "images.zip", _entries(pictures.values()))
     _write_tar(to / V2 / "image-tasks" / "mmeb_v1.tar.gz", "MMEB", _entries(pictures.values()))
-    for source in train_sets(suite, train_rows, size, seed):
+    for source in train_sets(suite, train_rows, size, seed, B3_NEGATIVES):
         for split, table in train_tables(source, seed).items():
             write_table(to / TRAIN / source.spec.path / f"{split}-00000-of-00001.parquet", table)
-        found = source.pictures(negatives_listed(source))
+        write_table(to / B3 / source.spec.path / "train-00000-of-00001.parquet", b3_table(source))
+        found = source.pictures(B3_NEGATIVES)
         _write_zip(to / TRAIN / "images_zip" / f"{source.spec.path}.zip", _zipped_on_a_mac(found))
 
 

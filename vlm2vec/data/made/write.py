@@ -59,7 +59,7 @@ def write_made(
     for source in train_sets(suite, train_rows, size, seed):
         for split, table in train_tables(source, seed).items():
             write_table(to / "MMEB-train" / source.spec.path / f"{split}-00000-of-00001.parquet", table)
-        _write_pictures(to / "MMEB-train", source.pictures(negatives_listed(source)))
+        _write_pictures(to / "MMEB-train", source.pictures(_negatives_listed(source)))
         trained.append(source.spec)
     (to / "datasets.yaml").write_text(_sheet(suite, made, trained), encoding="utf-8")
 
@@ -71,7 +71,7 @@ def write_b3(to: Path, suite: Suite, *, train_rows: int = 12, seed: int = 17) ->
     """
     check_counts(train_rows=train_rows)
     for source in train_sets(suite, train_rows, Size(), seed, B3_NEGATIVES):
-        write_table(to / source.spec.path / "train-00000-of-00001.parquet", _b3_table(source))
+        write_table(to / source.spec.path / "train-00000-of-00001.parquet", b3_table(source))
         _write_pictures(to, source.pictures(B3_NEGATIVES))
 
 
@@ -148,7 +148,7 @@ def train_tables(rows: TrainRows, seed: int) -> dict[str, pa.Table]:
     return {"original": original, "train": original, "diverse_instruction": original.set_column(0, "qry", _texts(diverse))}
 
 
-def negatives_listed(rows: TrainRows) -> int:
+def _negatives_listed(rows: TrainRows) -> int:
     """How many negatives a row of `original` has: 0 or 1."""
     return int(rows.spec.name not in traps.NO_NEGATIVE_COLUMNS | traps.EMPTY_NEGATIVES)
 
@@ -156,14 +156,15 @@ def negatives_listed(rows: TrainRows) -> int:
 def _train_table(rows: TrainRows) -> pa.Table:
     columns = _pairs(rows)
     if rows.spec.name not in traps.NO_NEGATIVE_COLUMNS:
-        sides = [row[0] if negatives_listed(rows) else None for row in rows.negatives]
+        sides = [row[0] if _negatives_listed(rows) else None for row in rows.negatives]
         bare = rows.spec.name in traps.BARE_NEGATIVES
         columns["neg_text"] = _texts("" if side is None or bare else _target(rows, side) for side in sides)
         columns["neg_image_path"] = _texts("" if side is None else _path(side) for side in sides)
     return pa.table(columns)
 
 
-def _b3_table(rows: TrainRows) -> pa.Table:
+def b3_table(rows: TrainRows) -> pa.Table:
+    """The rows with lists of negatives, as many as they have."""
     neg_text = [[_target(rows, side) for side in row] + ["", ""] for row in rows.negatives]
     neg_paths = [[*map(_path, row), "", None] for row in rows.negatives]
     lists = {"neg_text": pa.array(neg_text, pa.list_(pa.string())), "neg_image_path": pa.array(neg_paths, pa.list_(pa.string()))}
