@@ -157,7 +157,9 @@ def test_values_belong_to_the_query_and_do_not_depend_on_order(seed: int, family
         assert per_query(f"{family}@{k}", [positions[q][shuffles[q]]], [grades[q][shuffles[q]]]) == expected[q]
 
 
-@pytest.mark.parametrize("name", ["hit", "hit@0", "hit@-1", "hit@1.0", "hit@", "hit@²", "accuracy@1", "ndcg@5", "", "@1"])
+@pytest.mark.parametrize(
+    "name", ["hit", "hit@0", "hit@-1", "hit@1.0", "hit@", "hit@01", "hit@²", "hit@٥", "accuracy@1", "ndcg@5", "", "@1"]
+)
 def test_unknown_metrics_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="unknown metric .*expected hit, precision, .* with a cut-off, as in hit@1"):
         per_query(name, POSITIONS, GRADES)
@@ -173,6 +175,7 @@ def test_unknown_metrics_are_refused(name: str) -> None:
         ([[1], [0]], [[1], [1]], "query 1: position 0 with grade 1"),
         ([[1, 2], [1]], [[1, 0], [1]], "query 0: position 2 with grade 0"),
         ([[1]], [[np.nan]], "query 0: position 1 with grade nan"),
+        ([[1], [3]], [[1], [np.inf]], "query 1: position 3 with grade inf"),
     ],
 )
 def test_lists_that_cannot_be_scored_are_refused(positions: list, grades: list, message: str) -> None:

@@ -313,6 +313,7 @@ def test_rows_that_are_not_of_unit_length_are_refused() -> None:
         ({"grades_QR": [[1, 2], [1]]}, r"query 0: 1 relevant candidates with grades \[1, 2\]"),
         ({"grades_QR": [[1], [0]]}, r"query 1: .* grades \[0\]; each needs one above 0"),
         ({"grades_QR": [[1], [np.nan]]}, "query 1: .* above 0"),
+        ({"grades_QR": [[np.inf], [1]]}, "query 0: .* above 0"),
         ({"relevant_QR": [[1]]}, "2 queries and 1 lists of relevant candidates"),
         ({"candidates_QM": [[0, 1]]}, "2 queries and 1 lists of candidates"),
         ({"query_QD": np.empty((0, 2)), "relevant_QR": [], "grades_QR": []}, "0 queries and 0 lists"),

@@ -128,7 +128,7 @@ def per_query(name: str, position_QR: Sequence[ArrayLike], grades_QR: Sequence[A
     InputError for an unknown name, DataError for lists that cannot be scored.
     """
     family, _, cut = name.partition("@")
-    if family not in METRICS or not (cut.isascii() and cut.isdecimal() and int(cut) > 0):
+    if family not in METRICS or not cut.isdecimal() or cut != str(int(cut)) or cut == "0":
         raise InputError(f"unknown metric {name!r}; expected {', '.join(METRICS)} with a cut-off, as in hit@1")
     return METRICS[family](Judged.of(position_QR, grades_QR), int(cut))
 

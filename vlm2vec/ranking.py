@@ -103,10 +103,8 @@ def candidate_scores(query_QD: ArrayLike | Codes, targets: Any, candidates_QM: R
 def _block_scores(query: Codes, targets: Any, candidates_QM: Rows) -> list[NDArray[np.float32]]:
     index_A, query_A, end_Q = _flat(candidates_QM)
     score_A = np.empty(len(index_A), dtype=np.float32)
-    order_A = np.argsort(index_A, kind="stable")
-    sorted_A = index_A[order_A]
     for start, stop in _tiles(targets, query):
-        pair_A = order_A[slice(*np.searchsorted(sorted_A, (start, stop)))]
+        pair_A = np.flatnonzero((start <= index_A) & (index_A < stop))
         if len(pair_A):
             asked_Q, row_A = _compact(query_A[pair_A], len(query))
             used_T, column_A = _compact(index_A[pair_A] - start, stop - start)
