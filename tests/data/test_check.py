@@ -154,6 +154,7 @@ WRONG: dict[str, tuple[Edit, str, int, str]] = {
     "no set": (lambda root: shutil.rmtree(root / "Words-1K"), "missing", 1, "Words-1K: no such folder; fetch it with"),
     "name of the training set": (rename("Words-1K", "Words_1K"), "misnamed", 1, "Words-1K: not there, but Words_1K is: rename it"),
     "name in lower case": (rename("Words-1K", "words-1k"), "misnamed", 1, "but words-1k is"),
+    "hyphens and case": (rename("Looks", "L-OO_KS"), "misnamed", 1, "Looks: not there, but L-OO_KS is"),
     "a slip": (rename("Words-1K", "Word-1K"), "misnamed", 1, "but Word-1K is"),
     "no rows": (lambda root: (root / ROWS).unlink(), "missing", 1, "holds nothing, but no test-*.parquet"),
     "another split": (rename(ROWS, "Words-1K/validation.parquet"), "misnamed", 1, "holds validation.parquet, but no test"),
@@ -221,6 +222,15 @@ def test_each_way_to_be_wrong_is_found_and_named(way: str, evaluation: Path, sui
     assert [(one.kind, one.count) for one in found] == [(kind, count)]
     assert not report.ok and any(text in str(example) for example in found[0].examples)
     assert text in table(report) and report.totals()[f"problems: {kind}"] == count
+
+
+def test_a_picture_is_reported_with_the_first_row_that_names_it(evaluation: Path, suite: str) -> None:
+    lists = [["Looks/0.jpg", "Looks/3.jpg"], ["Looks/0.jpg", "Looks/3.jpg"], ["Looks/2.jpg", "Looks/3.jpg"]]
+    save(evaluation / "Looks/test-00000-of-00001.parquet", looks(tgt_img_path=lists))
+    for name in ("Looks/2.jpg", "Looks/3.jpg"):
+        (evaluation / "eval_images" / name).unlink()
+    found = check(evaluation, suite).sets[1].findings[0]
+    assert [(one.row, one.path) for one in found.examples] == [(0, "Looks/3.jpg"), (2, "Looks/2.jpg")]
 
 
 def test_what_only_decoding_shows(evaluation: Path, suite: str) -> None:
