@@ -189,6 +189,16 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
 }
 
 
+WORDS = {  # where another guard would stand in, the one that is meant
+    "zip encrypted": "is encrypted; refused",
+    "zip link": "is a link",
+    "zip device": "is a special file",
+    "zip long name": "too long",
+    "tar header that lies": "claims 8,589,934,592 bytes",
+    "tar pipe": "is a special file",
+}
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_archive_leaves_nothing(kind: str, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
@@ -197,7 +207,7 @@ def test_a_hostile_archive_leaves_nothing(kind: str, tmp_path: Path) -> None:
     before = files_below(tmp_path)
     with pytest.raises(DataError, match=r"nothing was unpacked|neither a zip") as error:
         unpack(archive, tmp_path / "place/out", tmp_path / "place/staging", limits=Limits(entries=100, bytes=4_000_000, spare=1_000_000))
-    assert archive.name in str(error.value)
+    assert archive.name in str(error.value) and WORDS.get(kind, "") in str(error.value)
     assert files_below(tmp_path) == before
     assert not list((tmp_path / "place/out").iterdir()) and not (tmp_path / "place/staging").exists()
 

@@ -210,7 +210,7 @@ def fetch(request: Request, revision: str | None = None) -> Fetched:
         ledger = _located(request, revision)
         ledger.save()
         plan = make_plan(request, ledger)
-        _tidy(plan)
+        _tidy(plan, ledger)
         if plan.complete:
             return Fetched(plan, ledger)
         _logger.info("%s", plan.text())
@@ -280,14 +280,18 @@ def _fetch_pictures(archive: RemoteFile, request: Request, ledger: Ledger) -> No
         _logger.info("%s holds the pictures of all sets: more sets later fetch it again, unless --keep-archives keeps it", archive.path)
 
 
-def _tidy(plan: Plan) -> None:
-    """Let go of what a killed run left: the archive that it had just unpacked, and the file that it was writing its record to."""
+def _tidy(plan: Plan, ledger: Ledger) -> None:
+    """Let go of what earlier runs left: an archive that was unpacked just before a kill, parts of files that are no longer listed, and
+    records half written."""
     request, work = plan.request, plan.request.folder / FOLDER
     for archive in (file for file in plan.archives if file not in plan.missing_archives):
         if _archive_path(archive, work).exists():
             _let_go(_archive_path(archive, work), request.folder / archive.path if request.keep_archives else None)
-    for left in work.glob(".*.tmp"):
-        left.unlink()
+    listed = [file for repository in ledger.sources for file in ledger.files(repository)]
+    known = {path for file in listed for path in (hub.partial_path(file, work), _archive_path(file, work))}
+    for left in (*work.glob("*.part"), *work.glob("*.archive"), *work.glob(".*.tmp")):
+        if left not in known:
+            left.unlink()
 
 
 def _archive_path(archive: RemoteFile, work: Path) -> Path:
