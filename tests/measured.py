@@ -82,7 +82,7 @@ def results(values: Mapping[str, Sequence[float]], kinds: Mapping[str, tuple[str
         "description": "made up",
         "protocol": PROTOCOL | changes.pop("protocol", {}),
         "protocol_digest": "cafe" * 16,
-        "model": {"path": "runs/one/model", "fingerprint": "feed" * 16, "recipe_digest": None},
+        "model": {"path": "runs/one/model", "fingerprint": "feed" * 16, "recipe_digest": None, "dims": 512},
         "versions": {"python": "3.11.9"},
         "sets": sets,
         "means": means(scores, kinds),

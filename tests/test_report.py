@@ -86,7 +86,7 @@ def results(column: int = 2) -> dict[str, Any]:
         "description": f"Not MMEB. {EVIL}\n\nSecond paragraph.",
         "protocol": {"ties": "pessimistic", "bootstrap": 1000},
         "protocol_digest": "cafe" * 16,
-        "model": {"path": f"runs/{EVIL}", "fingerprint": "feed" * 16, "recipe_digest": None},
+        "model": {"path": f"runs/{EVIL}", "fingerprint": "feed" * 16, "recipe_digest": None, "dims": 512},
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
         "sets": sets,
         "means": means,
