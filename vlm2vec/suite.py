@@ -149,7 +149,13 @@ def _violations(sheet: _Sheet) -> Iterable[str]:
             path = PurePosixPath(row.path)
             if not row.path or path.is_absolute() or ".." in path.parts:
                 yield f"{place}: path {row.path!r} must be a folder below the data root"
+            for fact, origin in dataclasses.asdict(row.known).items():
+                if origin is not None and origin not in [source.name for source in sheet.sources]:
+                    yield f"{place}: known.{fact} names {origin!r}, which is none of the sources"
+    trained = [spec.name for spec in sheet.train]
     for index, spec in enumerate(sheet.sets):
+        if spec.train is not None and spec.train not in trained:
+            yield f"sets[{index}] ({spec.name}): train names {spec.train!r}, which is no training set"
         for count in ("queries", "candidates"):
             if getattr(spec, count) < 1:
                 yield f"sets[{index}] ({spec.name}): {count} must be >= 1, got {getattr(spec, count)}"

@@ -32,7 +32,7 @@ The gold candidate has a frame and a star."""
 METRIC = """Each query is compared with its own list of candidates, one of which is the gold one.
 Precision@1 is the share of queries whose gold candidate comes first."""
 TIES = "A tie for the first place with an unlabelled candidate counts as a miss."
-MEANS = """Intervals are 95 % bootstrap intervals over the queries:
+MEANS = """Intervals are 95 % intervals (Wilson's, for means with the effective sample size) over the queries:
 they say how far another draw of queries could move the score, not another training run.
 A mean counts every set the same, whatever its size; the macro mean counts every meta-task the same."""
 EMBED = """from vlm2vec import Encoder
