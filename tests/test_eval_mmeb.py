@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,16 @@ def test_the_batch_does_not_matter(made: Path, encoder: Encoder, alone: str, tmp
 def test_two_processes_are_as_good_as_one(made: Path, encoder: Encoder, alone: str, tmp_path: Path, ranks: Callable) -> None:
     ranks(lambda rank: (tmp_path / f"{rank}.json").write_text(run(encoder, some(made), tmp_path / "cache")))
     assert [(tmp_path / f"{rank}.json").read_text() for rank in (0, 1)] == [alone] * 2
+
+
+def test_a_launcher_of_two_processes(made: Path, alone: str, tmp_path: Path) -> None:
+    launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = f"{launch} --dynamo_backend no --module vlm2vec eval {MODEL} --suite {made / 'datasets.yaml'} --to {tmp_path} --subset"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command.split(), *SOME], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert len(results) == 1 and results[0]["sets"] == json.loads(alone)["sets"]
 
 
 def test_shuffled_rows_in_another_place(made: Path, encoder: Encoder, alone: str, tmp_path: Path) -> None:
