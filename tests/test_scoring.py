@@ -13,7 +13,8 @@ import pytest
 from tests.suites import Compass, Row, write_set, write_suite
 from vlm2vec.data.types import Item
 from vlm2vec.errors import InputError
-from vlm2vec.evaluate import PREDICTIONS, evaluate, scores_json
+from vlm2vec.evaluate import evaluate, scores_json
+from vlm2vec.results import predictions_file
 from vlm2vec.scoring import Variant
 from vlm2vec.suite import load_suite
 
@@ -140,7 +141,7 @@ def naive_value(metric: str, order: list[int], grades: dict[int, int]) -> float:
 def test_predictions_say_what_came_of_every_query(tmp_path: Path, listed: list[Row]) -> None:
     evaluation = evaluate(Words(), load_suite(tmp_path), tmp_path / "cache")
     evaluation.write(tmp_path / "model@digest.json")
-    lines = [json.loads(line) for line in (tmp_path / "model@digest" / PREDICTIONS).read_text().splitlines()]
+    lines = [json.loads(line) for line in predictions_file(tmp_path / "model@digest.json").read_text().splitlines()]
     assert lines == list(evaluation.predictions()) and len(lines) == 200
     assert json.loads((tmp_path / "model@digest.json").read_text()) == evaluation.results
     assert len({line["query_id"] for line in lines}) == 200

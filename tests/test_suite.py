@@ -108,6 +108,7 @@ def test_a_fact_without_its_source_and_a_set_without_its_training_set(here: Path
     file = here / "benchmarks/demo/datasets.yaml"
     for found, wanted, problem in (
         ("licence: MIT", "licence: MIT\n    known: {counts: hearsay}", "two.*known.counts names 'hearsay', which is none of the sources"),
+        ("licence: MIT", "licence: MIT\n    metric: hit", "two.*unknown metric 'hit'; expected hit,"),
         ("licence: MIT", "licence: MIT\n    train: tree", "two.*train names 'tree', which is no training set"),
     ):
         file.write_text(GOOD.replace(found, wanted))

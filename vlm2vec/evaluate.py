@@ -25,14 +25,13 @@ from vlm2vec.evalsets import Identity, Intake, take_in
 from vlm2vec.fill import fill
 from vlm2vec.io import digest
 from vlm2vec.metrics import interval
+from vlm2vec.results import FORMAT, predictions_file
 from vlm2vec.scoring import Scored, Variant, score
 from vlm2vec.suite import MetaTask, SetSpec, Split, Suite, load_suite
 
 __all__ = ["evaluate", "load_suite", "scores_json"]
 
-FORMAT = 2
 SHOWN = 100  # problems listed per set
-PREDICTIONS = "predictions.jsonl"
 UNSURE = ("timing", "examples")  # parts of the results that may differ between two runs that score the same
 
 
@@ -64,7 +63,7 @@ class Evaluation:
 
     def write(self, file: Path) -> None:
         """Write the results to `file` and the predictions into the folder of that name without its ending; equal scores, equal bytes."""
-        io.rewrite_jsonl(file.with_suffix("") / PREDICTIONS, self.predictions())
+        io.rewrite_jsonl(predictions_file(file), self.predictions())
         io.write_json(file, self.results)
 
 

@@ -121,16 +121,22 @@ METRICS: Mapping[str, Callable[[Judged, int], NDArray[np.float64]]] = MappingPro
 )
 
 
+def parse(name: str) -> tuple[str, int]:
+    """The family and the cut-off of a metric's name; InputError for an unknown one."""
+    family, _, cut = name.partition("@")
+    if family not in METRICS or not (cut.isascii() and cut.isdecimal() and int(cut) > 0):
+        raise InputError(f"unknown metric {name!r}; expected {', '.join(METRICS)} with a cut-off, as in hit@1")
+    return family, int(cut)
+
+
 def per_query(name: str, position_QR: Sequence[ArrayLike], grades_QR: Sequence[ArrayLike]) -> NDArray[np.float64]:
     """The value (Q,) of metric `name`, such as "ndcg_linear@5", for every query.
 
     `position_QR[q]` are the positions of query q's relevant candidates, from 1 (see `ranking.rank`), `grades_QR[q]` their grades. Raises
     InputError for an unknown name, DataError for lists that cannot be scored.
     """
-    family, _, cut = name.partition("@")
-    if family not in METRICS or not cut.isdecimal() or cut != str(int(cut)) or cut == "0":
-        raise InputError(f"unknown metric {name!r}; expected {', '.join(METRICS)} with a cut-off, as in hit@1")
-    return METRICS[family](Judged.of(position_QR, grades_QR), int(cut))
+    family, cut = parse(name)
+    return METRICS[family](Judged.of(position_QR, grades_QR), cut)
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ COLLAPSED = 1e-6
 EXAMPLES, RETRIEVED = 4, 5  # hits and misses shown per set, items shown per query
 TILE = 4096  # targets of a corpus read at once
 CUTOFFS = (1, 5, 10)
-FAMILIES = ("hit", "precision", "recall", "f1", "map", "mrr", "ndcg_linear", "ndcg_exponential")
 logger = log.get_logger(__name__)
 
 
@@ -65,7 +64,7 @@ class Scored:
     def entry(self) -> dict[str, Any]:
         """What the results say about this set."""
         spec, positions, grades = self.task.spec, self.ranking.position_QR, self.task.grades
-        names = [f"{family}@{cutoff}" for family in FAMILIES for cutoff in CUTOFFS]
+        names = [f"{family}@{cutoff}" for family in metrics.METRICS for cutoff in CUTOFFS]
         return {
             "meta_task": spec.meta_task,
             "split": spec.split,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from vlm2vec import metrics
 from vlm2vec.data.tiny import TINY_ROOT, tiny_root
-from vlm2vec.errors import DataError, RecipeError
+from vlm2vec.errors import DataError, InputError, RecipeError
 from vlm2vec.io import sha256_bytes
 from vlm2vec.strict_yaml import build, nearest, parse
 
@@ -156,6 +157,10 @@ def _violations(sheet: _Sheet) -> Iterable[str]:
     for index, spec in enumerate(sheet.sets):
         if spec.train is not None and spec.train not in trained:
             yield f"sets[{index}] ({spec.name}): train names {spec.train!r}, which is no training set"
+        try:
+            metrics.parse(spec.metric)
+        except InputError as error:
+            yield f"sets[{index}] ({spec.name}): {error}"
         for count in ("queries", "candidates"):
             if getattr(spec, count) < 1:
                 yield f"sets[{index}] ({spec.name}): {count} must be >= 1, got {getattr(spec, count)}"

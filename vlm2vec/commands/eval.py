@@ -110,17 +110,18 @@ def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
 
 def _write(given: argparse.Namespace, suite: Any, evaluation: Any) -> None:
     from vlm2vec.report import table, write_report
+    from vlm2vec.results import predictions_file
     from vlm2vec.standings import load
 
     results = evaluation.results
     file = Path(given.to) / f"{given.name or model_name(given.adapter or given.model)}@{evaluation.digest[:12]}.json"
-    folder = file.with_suffix("")
+    folder = predictions_file(file).parent
     evaluation.write(file)
     paths = write_report(folder, results, images_root=suite.root, published=load(suite))
     say(table(results))
     say(f"results      {file}")
     say(f"report       {paths['html']}  (open it in a browser)")
-    say(f"predictions  {folder / 'predictions.jsonl'}")
+    say(f"predictions  {predictions_file(file)}")
     _write_for_others(given, evaluation, folder)
     say(f"next         vlm2vec compare {file} OTHER.json    (is the difference more than noise?)")
 

@@ -1,10 +1,10 @@
 """The made-up data packed as the published repositories hold them, one folder per repository, for tests of what unpacks them.
 
-    TIGER-Lab/MMEB-train           <SUBSET>/<split>-00000-of-00001.parquet, images_zip/<SUBSET>.zip (<SUBSET>/Train/<file>)
-    TIGER-Lab/MMEB-eval            <SET>/test-00000-of-00001.parquet, images.zip (<SET>/<file>)
-    TIGER-Lab/MMEB-V2              image-tasks/mmeb_v1.tar.gz (MMEB/<SET>/<file>)
-    ziyjiang/MMEB_Test_Instruct    <SET>/test-00000-of-00001.parquet, the evaluation rows of MMEB-V2
-    VLM2Vec/B3-2b                  <SUBSET>/train-00000-of-00001.parquet, training rows with lists of negatives; pictures as in MMEB-train
+TIGER-Lab/MMEB-train           <SUBSET>/<split>-00000-of-00001.parquet, images_zip/<SUBSET>.zip (<SUBSET>/Train/<file>)
+TIGER-Lab/MMEB-eval            <SET>/test-00000-of-00001.parquet, images.zip (<SET>/<file>)
+TIGER-Lab/MMEB-V2              image-tasks/mmeb_v1.tar.gz (MMEB/<SET>/<file>)
+ziyjiang/MMEB_Test_Instruct    <SET>/test-00000-of-00001.parquet, the evaluation rows of MMEB-V2
+VLM2Vec/B3-2b                  <SUBSET>/train-00000-of-00001.parquet, training rows with lists of negatives; pictures as in MMEB-train
 """
 
 from __future__ import annotations
