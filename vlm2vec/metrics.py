@@ -124,7 +124,7 @@ METRICS: Mapping[str, Callable[[Judged, int], NDArray[np.float64]]] = MappingPro
 def parse(name: str) -> tuple[str, int]:
     """The family and the cut-off of a metric's name; InputError for an unknown one."""
     family, _, cut = name.partition("@")
-    if family not in METRICS or not (cut.isascii() and cut.isdecimal() and int(cut) > 0):
+    if family not in METRICS or not cut.isdecimal() or cut != str(int(cut)) or cut == "0":
         raise InputError(f"unknown metric {name!r}; expected {', '.join(METRICS)} with a cut-off, as in hit@1")
     return family, int(cut)
 
