@@ -50,4 +50,4 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the virtual environment, caches and runs
-	rm -rf $(VENV) runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs results data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

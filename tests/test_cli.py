@@ -108,6 +108,10 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pyt
         ),
         (["eval", "/no/such/model"], 2, "/no/such/model"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "minni"], 2, "minni"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "mmeb"], 2, "data/MMEB-eval does not exist; run vlm2vec data get mmeb-eval"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--subset", "TinyShape"], 2, "did you mean TinyShapes?"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--option", "positions=flta"], 2, "expected one of native, flat"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--device", "gpu"], 2, "--device gpu: "),
         (["encode", "builtin/tiny-qwen2_vl", "/no/such.jsonl", "--to", "x"], 2, "/no/such.jsonl not found"),
     ],
 )

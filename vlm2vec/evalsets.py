@@ -86,8 +86,7 @@ def take_in(suite: Suite, cache: EmbeddingCache, limit: int | None = None, seed:
     when two candidates are one: equal content, or equal text and path. Several ranks share the reading of pictures. Raises DataError if
     the data folder is not there.
     """
-    if not suite.root.is_dir():
-        raise DataError(f"suite {suite.name}: data folder {suite.root} does not exist; get the data or give their folder as root")
+    require_data(suite)
     problems: dict[str, list[str]] = {}
     sets = [rows for spec in suite.sets if (rows := _read(spec, suite.root, limit, seed, problems))]
     pictures, broken = _each(content_key, {image.key: image for rows in sets for item in rows.items() for image in item.images})
@@ -103,6 +102,13 @@ def take_in(suite: Suite, cache: EmbeddingCache, limit: int | None = None, seed:
             tasks.append(rows.canonical(contents, suite.root, identity))
             _collect(rows.items(), contents, items)
     return Intake(tasks, items, problems)
+
+
+def require_data(suite: Suite) -> None:
+    """Raise DataError if the data folder of the suite is not there, saying how to get it."""
+    if not suite.root.is_dir():
+        how = f"run {suite.get}" if suite.get else "get the data"
+        raise DataError(f"suite {suite.name}: data folder {suite.root} does not exist; {how}, or give the folder as root")
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from vlm2vec import dist, io, standings
 from vlm2vec.config import Recipe, dump
 from vlm2vec.encoder import Encoder
-from vlm2vec.errors import DataError
+from vlm2vec.evalsets import require_data
 from vlm2vec.evaluate import evaluate
 from vlm2vec.report import table, write_report
 from vlm2vec.signals import StopSignal
@@ -60,10 +60,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Done:
     run_dir = Path(recipe.run.dir)
     with io.run_lock(run_dir) if dist.is_main() else nullcontext(), StopSignal() as stop:
         suite = load_suite(recipe.evaluate.suite, recipe.evaluate.root) if recipe.evaluate.suite else None
-        if suite and not suite.root.is_dir():  # said now rather than after the last step
-            raise DataError(
-                f"evaluate.suite {suite.name}: data folder {suite.root} does not exist; get the data, or say evaluate.suite=null"
-            )
+        if suite:
+            require_data(suite)  # said now rather than after the last step
         if dist.is_main():
             prepare_run_dir(recipe, fresh)
         dist.barrier()

@@ -92,11 +92,12 @@ class _Sheet:
     sets: tuple[SetSpec, ...]
     train: tuple[TrainSpec, ...] = ()
     sources: tuple[Origin, ...] = ()
+    get: str = ""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark and the folder its data lie in. `digest` is the sha256 of its `datasets.yaml`."""
+    """A benchmark and the folder its data lie in. `digest` is the sha256 of its `datasets.yaml`, `get` the command that brings the data."""
 
     name: str
     description: str
@@ -104,6 +105,7 @@ class Suite:
     sets: tuple[SetSpec, ...]
     train: tuple[TrainSpec, ...]
     digest: str
+    get: str = ""
 
     def only(self, names: Sequence[str]) -> Suite:
         """The same suite reduced to the named sets, in the suite's own order. Raises DataError for a name it does not have."""
@@ -128,7 +130,9 @@ def load_suite(name_or_path: str | Path, root: str | Path | None = None) -> Suit
         raise DataError(str(error)) from None
     for problem in _violations(sheet):
         raise DataError(f"{file}: {problem}")
-    return Suite(sheet.suite, sheet.description, Path(root or _data_root(file, sheet)), sheet.sets, sheet.train, sha256_bytes(data))
+    return Suite(
+        sheet.suite, sheet.description, Path(root or _data_root(file, sheet)), sheet.sets, sheet.train, sha256_bytes(data), sheet.get
+    )
 
 
 def _data_root(file: Path, sheet: _Sheet) -> Path:

@@ -55,10 +55,22 @@ def arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--reference-files", action="store_true", help="also write {set}_score.json and {set}_pred.txt as VLM2Vec does")
     command.add_argument(
-        "--submission", nargs="+", default=[], metavar="KEY=VALUE", help="also write what MMEB's leaderboard takes, e.g. model_name=Mine"
+        "--submission",
+        nargs="+",
+        type=_pair,
+        default=[],
+        metavar="KEY=VALUE",
+        help="also write what MMEB's leaderboard takes, e.g. model_name=Mine",
     )
     command.add_argument("--name", help="name of the model in the results (default: from its path)")
     command.add_argument("--to", default="results", help="folder for results and cache (default: results)")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"must look like KEY=VALUE, got {text!r}")
+    return key, value
 
 
 def run(given: argparse.Namespace) -> None:
@@ -66,9 +78,11 @@ def run(given: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from vlm2vec import dist
+    from vlm2vec.evalsets import require_data
     from vlm2vec.evaluate import evaluate, load_suite
 
     suite = load_suite(given.suite, given.root)
+    require_data(suite)
     suite = suite.only(given.subset) if given.subset else suite  # a misspelt set is said before a model is loaded
     PartialState(cpu=given.device == "cpu")  # starts the process group that a launcher asked for: from here on `dist` knows the ranks
     evaluation = evaluate(
@@ -93,11 +107,23 @@ def _encoder(given: argparse.Namespace) -> Any:
     from vlm2vec.config import model_options
     from vlm2vec.encoder import Encoder
 
+    device = _device(given.device) if given.device else PartialState().device
     options = model_options(given.option) | ({"dtype": given.dtype} if given.dtype else {})
-    device = given.device or PartialState().device
     encoder = Encoder.from_pretrained(given.model, given.adapter, revision=given.revision, device=device, **options)
     encoder.precision = given.autocast
     return encoder
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine, or this build of torch, has no CUDA device; use --device cpu")
+    return device
 
 
 def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
@@ -135,17 +161,8 @@ def _write_for_others(given: argparse.Namespace, evaluation: Any, folder: Path) 
         write_reference_files(evaluation.results, evaluation.predictions(), folder / "reference")
         say(f"reference    {folder / 'reference'}")
     if given.submission:
-        io.write_json(
-            folder / "submission.json", submission(evaluation.results, {key: resolve(value) for key, value in _pairs(given.submission)})
-        )
+        io.write_json(folder / "submission.json", submission(evaluation.results, {key: resolve(value) for key, value in given.submission}))
         say(f"submission   {folder / 'submission.json'}")
-
-
-def _pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
-    for text in texts:
-        if "=" not in text:
-            raise InputError(f"expected KEY=VALUE, got {text!r}")
-    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
 
 
 def model_name(path: str) -> str:
