@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
     ("strict_yaml", "schema", "config", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "data.types"),
     ("data", "collate", "backbones", "batch", "cache", "suite"),
-    ("lora", "encoder", "checkpoint"),
+    ("lora", "encoder", "engines", "checkpoint"),
     ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
     ("cli",),
 )

@@ -15,7 +15,7 @@ import shutil
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
 from vlm2vec.encoder import Encoder
+from vlm2vec.engines import Engine, prepare
 from vlm2vec.errors import EnvError, NonFiniteError, RecipeError
 from vlm2vec.gradcache import cached_backward
 from vlm2vec.losses import InfoNCE
@@ -49,25 +50,28 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     resumed = checkpoint.latest(run_dir)
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
-    loss = InfoNCE(recipe.loss).to(accelerator.device)
-    optimizer = build_optimizer(recipe.train, encoder, loss)
-    start = checkpoint.restore(resumed, encoder, loss, optimizer) if resumed else 0
+    engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
+    start = checkpoint.restore(resumed, engine) if resumed else 0
     total = total_steps(recipe, mixture)
-    step_function = Step(recipe, encoder, loss, optimizer)
+    step_function = Step(recipe, engine)
     journal = Journal(run_dir, start, accelerator)
+
+    def save(step: int) -> None:
+        checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
+
     with log.progress(total, "training", "step", initial=start) as bar:
         for step, batches in _batches(recipe, mixture, encoder, start, total):
-            if stop is not None and dist.any_rank(stop.requested):
-                _save(recipe, run_dir, step, encoder, loss, optimizer)
-                raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on")
+            if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
+                save(step)
+                raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on", number)
             row, perf = step_function(step, batches, learning_rate(recipe.train, step, total))
             journal.write(row, perf)
             bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", refresh=False)
             bar.update()
             if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == total:
-                _save(recipe, run_dir, step + 1, encoder, loss, optimizer)
+                save(step + 1)
     accelerator.end_training()
-    return encoder
+    return engine.trained(lambda: load_encoder(recipe, checkpoint.latest(run_dir)))
 
 
 # -- building ----------------------------------------------------------------------------------------------------------------------------
@@ -101,18 +105,6 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
 def mixture_of(recipe: Recipe) -> Mixture:
     """The pairs of the recipe, in the order that its seed, blocks and global batch fix."""
     return build_mixture(recipe.data, recipe.loss.explicit_negatives, recipe.train.global_batch, recipe.run.seed)
-
-
-def build_optimizer(options: TrainConfig, encoder: Encoder, loss: nn.Module) -> torch.optim.AdamW:
-    """AdamW with the projector on its own learning rate and no decay on biases, norms and the temperature."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in checkpoint.trainable(encoder, loss).items():
-        projector = name.startswith("encoder.") and encoder.backbone.part_of(name.removeprefix("encoder.")) == "projector"
-        ratio = options.projector_lr / options.lr if projector and options.projector_lr else 1.0
-        decay = options.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((ratio, decay), []).append(parameter)
-    tables = [{"params": members, "lr_ratio": ratio, "weight_decay": decay} for (ratio, decay), members in groups.items()]
-    return torch.optim.AdamW(tables, lr=options.lr, betas=options.betas)
 
 
 def total_steps(recipe: Recipe, mixture: Mixture) -> int:
@@ -181,36 +173,31 @@ class Step:
     """One optimizer step on `accumulate` contrastive batches; returns the row of the log and the figures of speed."""
 
     recipe: Recipe
-    encoder: Encoder
-    loss: InfoNCE
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, nn.Parameter] = field(init=False)
+    engine: Engine
 
     def __post_init__(self) -> None:
-        self.parameters = checkpoint.trainable(self.encoder, self.loss)
+        self.encoder, self.loss = self.engine.encoder, self.engine.loss
         set_training_mode(self.encoder.model)
 
     def __call__(self, step: int, batches: list[Batch], lr: float) -> tuple[dict[str, float], dict[str, float]]:
         started = time.perf_counter()
         try:
-            stats = [self._backward(step, index, batch) for index, batch in enumerate(batches)]
-            self._reduce()
-            grad_norm = self._clip(step)
+            stats = [self._backward(step, index, batch, last=index == len(batches) - 1) for index, batch in enumerate(batches)]
+            self.engine.reduce()
+            grad_norm = self.engine.clip(self.recipe.train.clip)
         except NonFiniteError as error:
-            self.optimizer.zero_grad()
+            self.engine.forget()
             raise self._report(step, batches, error) from error
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.engine.step(lr)
         row = {key: sum(entry[key] for entry in stats) / len(stats) for key in stats[0]}
         return {"step": step + 1, **row, "grad_norm": grad_norm, "lr": lr}, _speed(batches, time.perf_counter() - started)
 
-    def _backward(self, step: int, micro: int, batch: Batch) -> dict[str, float]:
+    def _backward(self, step: int, micro: int, batch: Batch, last: bool = True) -> dict[str, float]:
         lengths = [len(features) for features in batch.features]
         chunks = plan_chunks(lengths, self.recipe.train.chunk_tokens)
         layout = Layout.gather(batch, chunks, self.encoder.device)
         padded = list(accumulate(len(chunk) * lengths[chunk[0]] for chunk in chunks))
+        idle, keep = self._company(len(chunks), bisect_right(padded, self.recipe.train.keep_tokens))
         with Replay(leading_frozen(self.encoder.backbone.towers())) as replay:
             result = cached_backward(
                 chunks,
@@ -219,7 +206,9 @@ class Step:
                 seeds=[step_seed(self.recipe.run.seed, step, micro, dist.rank(), index) for index in range(len(chunks))],
                 weight=1.0 / self.recipe.train.accumulate,
                 gather=dist.gather_rows,
-                keep=bisect_right(padded, self.recipe.train.keep_tokens),
+                keep=keep,
+                idle=idle,
+                backward=lambda rows_CD, gradient_CD, final: self.engine.backward(rows_CD, gradient_CD, last and final),
             )
         if not torch.isfinite(result.loss):
             raise NonFiniteError(f"loss={result.loss.item()}")
@@ -229,32 +218,16 @@ class Step:
             "padding_share": 1 - sum(lengths) / padded[-1],
         }
 
+    def _company(self, chunks: int, keep: int) -> tuple[int, int]:
+        """How many chunks to add and how many graphs to keep, so that ranks which meet in every chunk make the same passes."""
+        if not self.engine.meets:
+            return 0, keep
+        return dist.highest(chunks) - chunks, dist.lowest(keep)
+
     def _embed(self, batch: Batch, chunk: list[int], replay: Replay) -> Tensor:
         inputs = self.encoder.processor.collate([batch.features[row] for row in chunk])
         with replay.chunk(chunk[0]):
-            return self.encoder.embed({name: tensor.to(self.encoder.device) for name, tensor in inputs.items()})
-
-    def _reduce(self) -> None:
-        """Sum the encoder's gradients over ranks: each rank holds its own items' share of the gradient of one global loss.
-
-        The loss's own parameters saw the whole batch on every rank, so their gradients are equal already.
-        """
-        if dist.world_size() > 1:
-            for name, parameter in self.parameters.items():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                if name.startswith("encoder."):
-                    dist.all_reduce_sum([parameter.grad])
-
-    def _clip(self, step: int) -> float:
-        options = self.recipe.train
-        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"gradient norm={norm.item()}")
-        if options.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), options.clip, norm)
-        return norm.item()
+            return self.engine.embed(inputs)
 
     def _report(self, step: int, batches: list[Batch], error: NonFiniteError) -> NonFiniteError:
         file = Path(self.recipe.run.dir) / f"nonfinite-{step + 1}.json"
@@ -335,10 +308,3 @@ def _forget(run_dir: Path) -> None:
     for pattern in ("step-*", "*.jsonl", "nonfinite-*.json", "results*.json", "report.*", "model", RECIPE):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _save(recipe: Recipe, run_dir: Path, step: int, encoder: Encoder, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if dist.is_main():
-        checkpoint.save(run_dir, step, encoder, loss, optimizer, recipe.digest)
-        checkpoint.prune(run_dir, recipe.checkpoint.keep)
-    dist.barrier()
