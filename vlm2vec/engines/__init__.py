@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from vlm2vec import dist
 from vlm2vec.config import TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines.base import Engine, trainable
@@ -16,4 +17,12 @@ __all__ = ["Engine", "prepare", "trainable"]
 
 def prepare(options: TrainConfig, encoder: Encoder, loss: nn.Module) -> Engine:
     """The engine that the recipe asks for, around an encoder and loss that are whole, equal on all ranks and on their device."""
-    return Engine(encoder, loss, options)
+    if dist.world_size() == 1 or options.engine in (None, "ddp"):
+        return Engine(encoder, loss, options)
+    if options.engine == "fsdp2":
+        from vlm2vec.engines.fsdp import FullyShardedEngine
+
+        return FullyShardedEngine(encoder, loss, options)
+    from vlm2vec.engines.zero import ZeroEngine
+
+    return ZeroEngine(encoder, loss, options)

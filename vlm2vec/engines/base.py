@@ -1,7 +1,7 @@
 """What an engine does for the training loop, and the engine that copies: every rank holds all weights and the whole optimizer.
 
-The loop calls six verbs and never asks where a tensor lives: `embed` a chunk, `backward` through it, `reduce` once per step, `clip`, `step`,
-and `whole` for the weights as one process would hold them.
+The loop calls six verbs and never asks where a tensor lives: `embed` a chunk, `backward` through it, `reduce` once per step, `clip`,
+`step`, and `whole` for the weights as one process would hold them.
 
 Each rank computes the whole loss from the gathered embeddings and continues backward through its own items only. So the SUM over ranks of a
 gradient of the encoder is the gradient of the global batch; the loss's own parameters have it on every rank already.
