@@ -100,7 +100,7 @@ class Engine:
 
     def step(self, lr: float) -> None:
         """Update the weights and forget the gradients."""
-        _set_rate(self.optimizer, lr)
+        set_rate(self.optimizer, lr)
         self.optimizer.step()
         self.forget()
 
@@ -178,7 +178,8 @@ def by_owner(tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], sourc
     return found
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_rate(optimizer: Any, lr: float) -> None:
+    """Give each group of an optimizer its share of the learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
 
