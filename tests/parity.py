@@ -27,7 +27,8 @@ from vlm2vec.data.types import ImageRef, Item, Pair
 from vlm2vec.engines import Engine, base, prepare, trainable
 from vlm2vec.gradcache import seeded
 from vlm2vec.losses import InfoNCE
-from vlm2vec.trainer import Layout, Step, load_encoder, step_seed
+from vlm2vec.step import Layout, Step, step_seed
+from vlm2vec.trainer import load_encoder
 
 LORA = "{rank: 4, alpha: 8}"
 LR = 100.0  # of the SGD step: with gradients clipped to 0.01 the update is as large as the weights
@@ -80,13 +81,21 @@ class Situation:
 
 
 FULL = {"lora": "null", "parts": "[language, projector, vision]"}
-TEXT_BESIDE_PICTURES: Callable[[], list[Pairs]] = lambda: [[words(0, 3), mixed(3, 3)]]
+ON_VISION = {"lora": "{rank: 4, parts: [language, vision]}", "parts": "[projector]"}
+
+
+def text_beside_pictures() -> list[Pairs]:
+    return [[words(0, 3), mixed(3, 3)]]
+
+
 SITUATIONS = {
     "lora": Situation(),
     "full": Situation(**FULL),
-    "text beside pictures, lora": Situation(TEXT_BESIDE_PICTURES),
-    "text beside pictures, vision trained": Situation(TEXT_BESIDE_PICTURES, **FULL),
-    "text beside pictures, lora on vision": Situation(TEXT_BESIDE_PICTURES, lora="{rank: 4, parts: [language, vision]}", parts="[projector]"),
+    "text beside pictures, lora": Situation(text_beside_pictures),
+    "text beside pictures, vision trained": Situation(text_beside_pictures, **FULL),
+    "text beside pictures, lora on vision": Situation(
+        text_beside_pictures, lora="{rank: 4, parts: [language, vision]}", parts="[projector]"
+    ),
     "text alone, everything trained": Situation(lambda: [[words(0, 3), words(3, 3)]], **FULL),
     "numbers of chunks differ": Situation(lambda: [[mixed(0, 1), mixed(1, 6)]], train={"chunk_tokens": 40}),
     "duplicates across ranks": Situation(lambda: [[mixed(0, 3), [*mixed(0, 1), *mixed(6, 2)]]]),
@@ -95,15 +104,15 @@ SITUATIONS = {
     "dropout": Situation(lora="{rank: 4, dropout: 0.3, dora: true}"),
     "graphs kept": Situation(train={"keep_tokens": 90, "chunk_tokens": 40}),
     "bf16": Situation(train={"precision": "bf16"}),
-    "bf16, full": Situation(TEXT_BESIDE_PICTURES, train={"precision": "bf16"}, **FULL),
+    "bf16, full": Situation(text_beside_pictures, train={"precision": "bf16"}, **FULL),
     "frozen weights in bf16": Situation(model={"dtype": "bfloat16"}),
     "activation checkpointing": Situation(train={"activation_checkpointing": True}),
-    "activation checkpointing, full": Situation(TEXT_BESIDE_PICTURES, train={"activation_checkpointing": True}, **FULL),
+    "activation checkpointing, full": Situation(text_beside_pictures, train={"activation_checkpointing": True}, **FULL),
     "left padding, mean pooling": Situation(model={"padding_side": "left", "pooling": "mean"}),
     "own rate of the projector, decay": Situation(train={"projector_lr": 5e-3, "weight_decay": 0.1}, **FULL),
-    "smolvlm": Situation(TEXT_BESIDE_PICTURES, "smolvlm", **FULL),
-    "vista": Situation(TEXT_BESIDE_PICTURES, "vlm2vec_vista", **FULL),
-    "mllama": Situation(TEXT_BESIDE_PICTURES, "mllama", **FULL),
+    "smolvlm": Situation(text_beside_pictures, "smolvlm", **FULL),
+    "vista": Situation(text_beside_pictures, "vlm2vec_vista", **FULL),
+    "mllama": Situation(text_beside_pictures, "mllama", **FULL),
 }
 
 
@@ -167,7 +176,9 @@ def finish(recipe: Recipe, engine: Engine) -> dict[str, Tensor]:
     found["norm"] = torch.tensor(engine.clip(recipe.train.clip))
     engine.step(LR if isinstance(engine.optimizer, torch.optim.SGD) else recipe.train.lr)
     with engine.whole():
-        found |= {f"weight/{name}": tensor.detach().clone() for name, tensor in trainable(engine.encoder, engine.loss).items() if dist.is_main()}
+        found |= {
+            f"weight/{name}": tensor.detach().clone() for name, tensor in trainable(engine.encoder, engine.loss).items() if dist.is_main()
+        }
     return found
 
 

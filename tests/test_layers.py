@@ -16,7 +16,7 @@ LAYERS = (
     ("strict_yaml", "schema", "config", "prompts", "pooling", "metrics", "losses", "gradcache", "replay", "data.types"),
     ("data", "collate", "backbones", "batch", "cache", "suite"),
     ("lora", "encoder", "engines", "checkpoint"),
-    ("trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
+    ("step", "trainer", "plan", "evalsets", "evaluate", "report", "pipeline"),
     ("cli",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -17,7 +17,8 @@ from vlm2vec.batch import Batch
 from vlm2vec.collate import Features
 from vlm2vec.losses import InfoNCE
 from vlm2vec.engines import prepare
-from vlm2vec.trainer import Step, load_encoder
+from vlm2vec.step import Step
+from vlm2vec.trainer import load_encoder
 from dataclasses import replace
 
 pairs = int(sys.argv[1])

@@ -24,15 +24,13 @@ from vlm2vec.errors import EnvError, Interrupted, NonFiniteError, RecipeError
 from vlm2vec.losses import InfoNCE
 from vlm2vec.replay import Replay
 from vlm2vec.signals import StopSignal
+from vlm2vec.step import Step, set_training_mode, step_seed
 from vlm2vec.trainer import (
     LOG,
-    Step,
     learning_rate,
     load_encoder,
     mixture_of,
     prepare_run_dir,
-    set_training_mode,
-    step_seed,
 )
 
 FAMILIES = sorted(registry())

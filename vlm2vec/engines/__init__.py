@@ -5,17 +5,16 @@ Every engine takes the same step up to rounding; the recipe (`train.engine`) or 
 
 from __future__ import annotations
 
-from torch import nn
-
 from vlm2vec import dist
 from vlm2vec.config import TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines.base import Engine, trainable
+from vlm2vec.losses import InfoNCE
 
 __all__ = ["Engine", "prepare", "trainable"]
 
 
-def prepare(options: TrainConfig, encoder: Encoder, loss: nn.Module) -> Engine:
+def prepare(options: TrainConfig, encoder: Encoder, loss: InfoNCE) -> Engine:
     """The engine that the recipe asks for, around an encoder and loss that are whole, equal on all ranks and on their device."""
     if dist.world_size() == 1 or options.engine in (None, "ddp"):
         return Engine(encoder, loss, options)

@@ -20,6 +20,7 @@ from vlm2vec import dist
 from vlm2vec.config import TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import CheckpointError, NonFiniteError
+from vlm2vec.losses import InfoNCE
 
 Parameters = dict[str, nn.Parameter]
 
@@ -58,7 +59,7 @@ class Engine:
     name: ClassVar[str] = "ddp"
     meets: ClassVar[bool] = False  # whether ranks meet inside a forward or backward pass: then all must make equally many
 
-    def __init__(self, encoder: Encoder, loss: nn.Module, options: TrainConfig) -> None:
+    def __init__(self, encoder: Encoder, loss: InfoNCE, options: TrainConfig) -> None:
         self.encoder, self.loss, self.options = encoder, loss, options
         self.prepare()
 

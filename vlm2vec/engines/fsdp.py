@@ -63,7 +63,7 @@ class FullyShardedEngine(Engine):
         tensors = {}
         for parameter in spread:
             if parameter.requires_grad or self.encoder.adapter is None:
-                tensor = parameter.detach().full_tensor()
+                tensor = self._gathered(parameter.detach())
                 if dist.is_main():
                     tensors[id(parameter)] = tensor.cpu()
         with exchanged(self.encoder.model, tensors):

@@ -20,7 +20,7 @@ from vlm2vec.encoder import Encoder
 
 @dataclass(frozen=True)
 class Units:
-    """`parts`: the layers of the language model and its table of tokens; `root`: the module whose forward runs them all, if there is one."""
+    """`parts`: the layers of the language model and its table of tokens. `root`: the module whose forward runs them all; or None."""
 
     parts: list[nn.Module]
     root: nn.Module | None
@@ -30,7 +30,9 @@ def find_units(encoder: Encoder) -> Units:
     """What to spread. Layers are the largest list of modules of the language model; of them those that text alone runs, once each."""
     calls = _calls_of_text(encoder)
     times = Counter(id(module) for module in calls)
-    lists = [module for name, module in encoder.model.named_modules() if isinstance(module, nn.ModuleList) and _reads(encoder, name, module)]
+    lists = [
+        module for name, module in encoder.model.named_modules() if isinstance(module, nn.ModuleList) and _reads(encoder, name, module)
+    ]
     tokens = encoder.model.get_input_embeddings()
     candidates = [*max(lists, key=_size, default=nn.ModuleList()), tokens]
     parts = [module for module in candidates if times[id(module)] == 1]
@@ -90,7 +92,8 @@ def exchanged(model: nn.Module, tensors: dict[int, Tensor]) -> Iterator[None]:
     places = [(module, name, module._parameters[name]) for key, held in owners(model).items() if key in tensors for module, name in held]
     fresh = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
     for module, name, parameter in places:
-        module._parameters[name] = fresh[id(parameter)].requires_grad_(parameter.requires_grad)  # type: ignore[union-attr]
+        fresh[id(parameter)].requires_grad = bool(parameter is not None and parameter.requires_grad)
+        module._parameters[name] = fresh[id(parameter)]
     try:
         yield
     finally:

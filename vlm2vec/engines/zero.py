@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from vlm2vec import dist
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import base
-from vlm2vec.engines.base import Engine, Parameters, trainable
+from vlm2vec.engines.base import Engine, trainable
 from vlm2vec.engines.units import exchanged, find_units
 from vlm2vec.errors import EnvError, RecipeError
+from vlm2vec.losses import InfoNCE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps beside its step count
 
@@ -57,7 +58,7 @@ class _Spread(nn.Module):
 class ZeroEngine(Engine):
     """Stages 1 and 2 spread the optimizer of the encoder's trained parameters; stage 3 the layers that every chunk runs, frozen or not."""
 
-    def __init__(self, encoder: Encoder, loss: nn.Module, options: base.TrainConfig) -> None:
+    def __init__(self, encoder: Encoder, loss: InfoNCE, options: base.TrainConfig) -> None:
         self.stage = int(str(options.engine)[-1])
         self.name, self.meets = str(options.engine), self.stage == 3  # type: ignore[misc]  # of this object, which is one of three engines
         super().__init__(encoder, loss, options)
@@ -72,19 +73,21 @@ class ZeroEngine(Engine):
         self.replicated = {name: parameter for name, parameter in self.parameters.items() if name not in self.spread}
         self.optimizer = self._optimizer(self.replicated) if self.replicated else base.make_optimizer(self.options, [_nothing()])
         self.held = list(spread.parameters())
-        self.zero, *_ = library.initialize(model=spread, optimizer=self._optimizer(self.spread), config=self._config(), dist_init_required=False)
+        optimizer = self._optimizer(self.spread)
+        self.zero, *_ = library.initialize(model=spread, optimizer=optimizer, config=self._config(), dist_init_required=False)
         self.zero.enable_backward_allreduce = False
         for hook in (*self.zero.optimizer._grad_acc_hooks, *getattr(self.zero.optimizer, "_leaf_module_hooks", ())):
             hook.remove()
         if self.stage == 3:
-            self.encoder.backbone.hidden = self.zero  # type: ignore[assignment]  # so that DeepSpeed sees each forward start and end
+            self.encoder.backbone.hidden = self.zero  # type: ignore[method-assign]  # so that DeepSpeed sees each forward start and end
 
     def reduce(self) -> None:
         """Reduce all gradients in one go; a parameter that nothing used counts as zero, so that ranks agree on what they send."""
         super().reduce()
         for parameter in self.spread.values():
             if parameter.grad is None:
-                parameter.grad = torch.zeros(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device=parameter.device)
+                shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor behind
+                parameter.grad = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
             parameter.grad.mul_(dist.world_size())  # DeepSpeed takes the mean over ranks
         with self.zero.coalesce_grad_reduction():
             pass
