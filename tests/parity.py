@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,14 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
         name: ((found[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12)).item()
         for name, tensor in expected.items()
     }
+
+
+def warm_up() -> None:
+    """Import what every rank will need, once and before forking."""
+    from vlm2vec.engines import fsdp, zero
+
+    zero.deepspeed()
+    import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    import_module("deepspeed.runtime.zero.stage3")
+    import_module("deepspeed.runtime.zero.stage_1_and_2")
+    assert fsdp.FullyShardedEngine.meets

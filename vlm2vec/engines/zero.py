@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ class ZeroEngine(Engine):
         super().reduce()
         for parameter in self.spread.values():
             if parameter.grad is None:
-                shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor behind
-                parameter.grad = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+                with self._put_together(parameter):
+                    parameter.grad = torch.zeros_like(parameter)
             parameter.grad.mul_(dist.world_size())  # DeepSpeed takes the mean over ranks
         with self.zero.coalesce_grad_reduction():
             pass
@@ -104,7 +104,7 @@ class ZeroEngine(Engine):
         tensors = {}
         for parameter in self.held if self.stage == 3 else ():
             if parameter.requires_grad or self.encoder.adapter is None:
-                with deepspeed().zero.GatheredParameters([parameter]):
+                with self._put_together(parameter):
                     if dist.is_main():
                         tensors[id(parameter)] = parameter.detach().cpu().clone()
         with exchanged(self.encoder.model, tensors):
@@ -124,7 +124,7 @@ class ZeroEngine(Engine):
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if dist.is_main():
                 found |= {f"{name}/{key}": tensor.detach().cpu().clone() for key, tensor in moments.items()}
-                found[f"{name}/step"] = step[0]["step"].cpu()
+                found[f"{name}/step"] = step[0]["step"].cpu().clone()
         return found
 
     def load_optimizer(self, tensors: Mapping[str, Tensor], source: object) -> None:
@@ -149,6 +149,10 @@ class ZeroEngine(Engine):
         base.set_rate(self.zero.optimizer, 0.0)
         self.zero.step()
         self.forget()
+
+    def _put_together(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        """Inside, a parameter that stage 3 took apart is whole on every rank. Every rank enters."""
+        return deepspeed().zero.GatheredParameters([parameter]) if self.stage == 3 else nullcontext()
 
     def _spread(self) -> nn.Module:
         hidden = self.encoder.backbone.hidden
