@@ -111,6 +111,9 @@ SITUATIONS = {
     "activation checkpointing, full": Situation(text_beside_pictures, train={"activation_checkpointing": True}, **FULL),
     "left padding, mean pooling": Situation(model={"padding_side": "left", "pooling": "mean"}),
     "own rate of the projector, decay": Situation(train={"projector_lr": 5e-3, "weight_decay": 0.1}, **FULL),
+    "projector trained, layers adapted": Situation(
+        lambda: [[[*mixed(0, 4), *words(4, 3)], words(7, 6)]], parts="[projector]", train={"chunk_tokens": 30, "keep_tokens": 60}
+    ),
     "smolvlm": Situation(text_beside_pictures, "smolvlm", **FULL),
     "vista": Situation(text_beside_pictures, "vlm2vec_vista", **FULL),
     "mllama": Situation(text_beside_pictures, "mllama", **FULL),

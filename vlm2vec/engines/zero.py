@@ -81,6 +81,12 @@ class ZeroEngine(Engine):
         if self.stage == 3:
             self.encoder.backbone.hidden = self.zero  # type: ignore[method-assign]  # so that DeepSpeed sees each forward start and end
 
+    def backward(self, rows_CD: Tensor, gradient_CD: Tensor, last: bool) -> None:
+        """Let go of layers whose input needs no gradient too: DeepSpeed overlooks them, and ranks with text alone have one more of them."""
+        super().backward(rows_CD, gradient_CD, last)
+        if self.stage == 3:
+            self.zero.empty_partition_cache()
+
     def reduce(self) -> None:
         """Reduce all gradients in one go; a parameter that nothing used counts as zero, so that ranks agree on what they send."""
         super().reduce()
@@ -188,7 +194,11 @@ class ZeroEngine(Engine):
             "zero_optimization": {
                 "stage": self.stage,
                 "overlap_comm": False,
-                "stage3_prefetch_bucket_size": 0,  # it follows the order of layers, which differs between first and second passes
+                # A layer's weights come when it runs and go when it has run, on every rank alike. DeepSpeed can fetch ahead and keep by the
+                # order of layers that it saw before, but that order differs between first and second passes.
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_max_reuse_distance": 0,
+                "stage3_param_persistence_threshold": 0,
                 "memory_efficient_linear": False,  # it replaces torch's linear layer, also under autocast, and rounds otherwise
             },
         }
