@@ -11,9 +11,10 @@ import torch
 from tests.runs import start_run, tiny_recipe
 from vlm2vec import checkpoint, io
 from vlm2vec.encoder import Encoder
+from vlm2vec.engines import prepare, trainable
 from vlm2vec.errors import CheckpointError, NonFiniteError
 from vlm2vec.losses import InfoNCE
-from vlm2vec.trainer import build_optimizer, load_encoder
+from vlm2vec.trainer import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,10 @@ def test_a_checkpoint_is_an_encoder_folder(run_dir: Path) -> None:
 def test_restoring_gives_back_every_moment_and_the_temperature(run_dir: Path) -> None:
     recipe, newest = tiny_recipe(run_dir, steps=6), run_dir / "step-000006"
     encoder, loss = load_encoder(recipe, newest), InfoNCE(recipe.loss)
-    optimizer = build_optimizer(recipe.train, encoder, loss)
-    assert checkpoint.restore(newest, encoder, loss, optimizer) == 6
-    for parameter in checkpoint.trainable(encoder, loss).values():
-        state = optimizer.state[parameter]
+    engine = prepare(recipe.train, encoder, loss)
+    assert checkpoint.restore(newest, engine) == 6
+    for parameter in engine.parameters.values():
+        state = engine.optimizer.state[parameter]
         assert state["step"] == 6 and state["exp_avg"].shape == parameter.shape and state["exp_avg_sq"].abs().sum() > 0
     assert loss.log_temperature is not None and loss.log_temperature.item() != InfoNCE(recipe.loss).log_temperature.item()
 
@@ -88,10 +89,10 @@ def test_pruning_keeps_the_newest(copied: Path) -> None:
 def test_a_nan_is_never_saved(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     encoder, loss = load_encoder(recipe, None), InfoNCE(recipe.loss)
-    name, parameter = next(iter(checkpoint.trainable(encoder, loss).items()))
+    name, parameter = next(iter(trainable(encoder, loss).items()))
     parameter.data.view(-1)[0] = float("inf")
     with pytest.raises(NonFiniteError, match=name):
-        checkpoint.save(tmp_path, 1, encoder, loss, build_optimizer(recipe.train, encoder, loss), recipe.digest)
+        checkpoint.save(tmp_path, 1, prepare(recipe.train, encoder, loss), recipe.digest, keep=2)
     assert checkpoint.steps(tmp_path) == []
 
 
@@ -99,16 +100,16 @@ def test_a_newer_format_and_a_foreign_optimizer_are_refused(copied: Path) -> Non
     newest = copied / "step-000006"
     recipe = tiny_recipe(copied)
     encoder, loss = load_encoder(recipe, newest), InfoNCE(recipe.loss)
-    optimizer = build_optimizer(recipe.train, encoder, loss)
     encoder.model.requires_grad_(False)
+    engine = prepare(recipe.train, encoder, loss)
     with pytest.raises(CheckpointError, match="does not train"):
-        checkpoint.restore(newest, encoder, loss, optimizer)
+        checkpoint.restore(newest, engine)
     io.write_json(newest / "state.json", {**io.read_json(newest / "state.json"), "format": 2})
     with pytest.raises(CheckpointError, match="format 2"):
-        checkpoint.restore(newest, encoder, loss, optimizer)
+        checkpoint.restore(newest, engine)
 
 
 def test_trained_names_are_stable(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    names = [list(checkpoint.trainable(load_encoder(recipe, None), InfoNCE(recipe.loss))) for _ in range(2)]
+    names = [list(trainable(load_encoder(recipe, None), InfoNCE(recipe.loss))) for _ in range(2)]
     assert names[0] == names[1] and names[0][-1] == "loss.log_temperature" and torch.is_grad_enabled()

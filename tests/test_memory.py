@@ -16,7 +16,9 @@ from tests.runs import tiny_recipe
 from vlm2vec.batch import Batch
 from vlm2vec.collate import Features
 from vlm2vec.losses import InfoNCE
-from vlm2vec.trainer import Step, build_optimizer, load_encoder
+from vlm2vec.engines import prepare
+from vlm2vec.step import Step
+from vlm2vec.trainer import load_encoder
 from dataclasses import replace
 
 pairs = int(sys.argv[1])
@@ -24,7 +26,7 @@ torch.set_num_threads(1)
 recipe = tiny_recipe(Path("unused"), lora="{rank: 4}")
 recipe = replace(recipe, train=replace(recipe.train, global_batch=pairs, chunk_tokens=65536))
 encoder, loss = load_encoder(recipe, None), InfoNCE(recipe.loss)
-step = Step(recipe, encoder, loss, build_optimizer(recipe.train, encoder, loss))
+step = Step(recipe, prepare(recipe.train, encoder, loss))
 
 def batch(count):
     rows = torch.arange(2 * count)

@@ -19,20 +19,18 @@ from vlm2vec.backbones import registry
 from vlm2vec.batch import Batch, make_batch
 from vlm2vec.config import Recipe, TrainConfig
 from vlm2vec.encoder import Encoder
+from vlm2vec.engines import prepare, trainable
 from vlm2vec.errors import EnvError, Interrupted, NonFiniteError, RecipeError
 from vlm2vec.losses import InfoNCE
 from vlm2vec.replay import Replay
 from vlm2vec.signals import StopSignal
+from vlm2vec.step import Step, set_training_mode, step_seed
 from vlm2vec.trainer import (
     LOG,
-    Step,
-    build_optimizer,
     learning_rate,
     load_encoder,
     mixture_of,
     prepare_run_dir,
-    set_training_mode,
-    step_seed,
 )
 
 FAMILIES = sorted(registry())
@@ -50,7 +48,7 @@ def gradients(recipe: Recipe, double: bool = True) -> dict[str, torch.Tensor]:
         loss.double()
     for parameter in (parameter for parameter in encoder.model.parameters() if parameter.requires_grad):
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter.dtype)
-    step = Step(recipe, encoder, loss, build_optimizer(recipe.train, encoder, loss))
+    step = Step(recipe, prepare(recipe.train, encoder, loss))
     mixture = mixture_of(recipe)
     for micro in range(recipe.train.accumulate):
         batch = make_batch(mixture.pairs(micro), encoder.processor)
@@ -61,7 +59,7 @@ def gradients(recipe: Recipe, double: bool = True) -> dict[str, torch.Tensor]:
                     for image in features.images
                 ]
         step._backward(0, micro, batch)
-    return {name: parameter.grad for name, parameter in checkpoint.trainable(encoder, loss).items()}
+    return {name: parameter.grad for name, parameter in trainable(encoder, loss).items()}
 
 
 def relative_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -106,7 +104,7 @@ def test_the_loss_is_that_of_the_pairs_as_they_were_drawn(chunk_tokens: int, tmp
     recipe = changed(tiny_recipe(tmp_path, lora="{rank: 4}"), "train", chunk_tokens=chunk_tokens)
     encoder, loss = load_encoder(recipe, None), InfoNCE(recipe.loss)
     pairs = mixture_of(recipe).pairs(0)
-    step = Step(recipe, encoder, loss, build_optimizer(recipe.train, encoder, loss))
+    step = Step(recipe, prepare(recipe.train, encoder, loss))
     found = step._backward(0, 0, make_batch(pairs, encoder.processor))
     targets = [pair.positive for pair in pairs] + [negative for pair in pairs for negative in pair.negatives]
     ids = {item.key: index for index, item in enumerate([*targets, *(pair.query for pair in pairs)])}
@@ -251,11 +249,11 @@ def poison(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real_backward, real_embed, real_forward = Step._backward, Encoder.embed, InfoNCE.forward
     current = {"step": 0}
 
-    def backward(self: Step, step: int, *rest: Any) -> Any:
+    def backward(self: Step, step: int, *rest: Any, **options: Any) -> Any:
         current["step"] = step
-        result = real_backward(self, step, *rest)
+        result = real_backward(self, step, *rest, **options)
         if where == "gradient" and step == 2:
-            next(iter(self.parameters.values())).grad.view(-1)[0] = float("nan")
+            next(iter(self.engine.parameters.values())).grad.view(-1)[0] = float("nan")
         return result
 
     def embed(self: Encoder, batch: Any) -> torch.Tensor:
@@ -292,7 +290,7 @@ def test_a_run_folder_that_cannot_be_made_is_an_environment_error(tmp_path: Path
 def test_the_projector_has_its_own_learning_rate(tmp_path: Path) -> None:
     recipe = changed(tiny_recipe(tmp_path, "smolvlm", parts="[projector]"), "train", projector_lr=5e-3, weight_decay=0.1)
     encoder = load_encoder(recipe, None)
-    optimizer = build_optimizer(recipe.train, encoder, InfoNCE(recipe.loss))
+    optimizer = prepare(recipe.train, encoder, InfoNCE(recipe.loss)).optimizer
     ratios = {group["lr_ratio"]: group for group in optimizer.param_groups}
     projector = [parameter for name, parameter in encoder.model.named_parameters() if encoder.backbone.part_of(name) == "projector"]
     assert {id(p) for p in ratios[5.0]["params"]} == {id(p) for p in projector}

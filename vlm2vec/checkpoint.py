@@ -13,36 +13,40 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlm2vec import io, log
-from vlm2vec.encoder import Encoder
-from vlm2vec.errors import CheckpointError, NonFiniteError
+from vlm2vec import dist, io, log
+from vlm2vec.engines import Engine, trainable
+from vlm2vec.errors import CheckpointError, EnvError, NonFiniteError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})$")
 _logger = log.get_logger(__name__)
 
 
-def trainable(encoder: Encoder, loss: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trained parameter by a stable name: the encoder's, then the loss's own (a learnable temperature)."""
-    named = {f"encoder.{name}": parameter for name, parameter in encoder.model.named_parameters() if parameter.requires_grad}
-    return named | {f"loss.{name}": parameter for name, parameter in loss.named_parameters() if parameter.requires_grad}
+def save(run_dir: Path, step: int, engine: Engine, recipe_digest: str, keep: int) -> Path:
+    """Publish `step-<step>` atomically from rank 0, then delete all but the `keep` newest. Every rank calls, and ends as rank 0 does.
+
+    Raises NonFiniteError rather than save a NaN, EnvError if the disk refuses.
+    """
+    target = run_dir / f"step-{step:06d}"
+    optimizer = engine.optimizer_tensors()
+    with engine.whole(), dist.agreeing():
+        if dist.is_main():
+            _check_finite(engine, step)
+            with io.publishing(target, replace=True) as staging:
+                engine.encoder.save_pretrained(staging, recipe_digest=recipe_digest)
+                _save_tensors(engine.loss.state_dict(), staging / "loss.safetensors")
+                _save_tensors(optimizer, staging / "optimizer.safetensors")
+                io.write_json(staging / "state.json", {"format": FORMAT, "step": step, "recipe_digest": recipe_digest})
+            prune(run_dir, keep)
+    return target
 
 
-def save(run_dir: Path, step: int, encoder: Encoder, loss: nn.Module, optimizer: torch.optim.Optimizer, recipe_digest: str) -> Path:
-    """Publish `step-<step>` atomically. Raises NonFiniteError rather than save a NaN, EnvError if the disk refuses."""
-    parameters = trainable(encoder, loss)
-    for name, parameter in parameters.items():
+def _check_finite(engine: Engine, step: int) -> None:
+    for name, parameter in trainable(engine.encoder, engine.loss).items():
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"step {step}: {name} holds non-finite values; nothing was saved")
-    target = run_dir / f"step-{step:06d}"
-    with io.publishing(target, replace=True) as staging:
-        encoder.save_pretrained(staging, recipe_digest=recipe_digest)
-        _save_tensors(loss.state_dict(), staging / "loss.safetensors")
-        _save_tensors(_optimizer_tensors(optimizer, parameters), staging / "optimizer.safetensors")
-        io.write_json(staging / "state.json", {"format": FORMAT, "step": step, "recipe_digest": recipe_digest})
-    return target
 
 
 def steps(run_dir: Path) -> list[Path]:
@@ -52,10 +56,22 @@ def steps(run_dir: Path) -> list[Path]:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint that matches its manifest; None if none was ever published.
+    """The newest checkpoint that matches its manifest; None if none was ever published. Rank 0 looks, every rank gets its answer.
 
     A damaged one is named in a warning and passed over; CheckpointError if all are damaged, because starting afresh would hide that.
     """
+    name = ""
+    with dist.agreeing():
+        if dist.is_main() and (newest := _newest_intact(run_dir)):
+            name = newest.name
+    name = dist.gather_objects(name)[0]
+    with dist.agreeing():
+        if name and not (run_dir / name).is_dir():
+            raise EnvError(f"{run_dir / name} is not visible from this machine; put run.dir on a file system that all nodes share")
+    return run_dir / name if name else None
+
+
+def _newest_intact(run_dir: Path) -> Path | None:
     reasons = []
     for path in reversed(steps(run_dir)):
         try:
@@ -73,13 +89,13 @@ def latest(run_dir: Path) -> Path | None:
     return None
 
 
-def restore(directory: Path, encoder: Encoder, loss: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Fill `loss` and `optimizer` from a verified checkpoint and return its step; `encoder` was loaded from the same folder."""
+def restore(directory: Path, engine: Engine) -> int:
+    """Fill the loss and the optimizer from a verified checkpoint and return its step; the encoder was loaded from the same folder."""
     state = io.read_json(directory / "state.json")
     if state["format"] > FORMAT:
         raise CheckpointError(f"{directory}: written in format {state['format']}; this version reads format {FORMAT}, upgrade vlm2vec")
-    loss.load_state_dict(load_file(directory / "loss.safetensors"))
-    _load_optimizer(load_file(directory / "optimizer.safetensors"), optimizer, trainable(encoder, loss), directory)
+    engine.loss.load_state_dict(load_file(directory / "loss.safetensors"))
+    engine.load_optimizer(load_file(directory / "optimizer.safetensors"), directory)
     return int(state["step"])
 
 
@@ -93,26 +109,3 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as `<parameter>/<moment>`."""
-    return {
-        f"{name}/{key}": torch.as_tensor(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _load_optimizer(
-    tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], directory: Path
-) -> None:
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition("/")
-        if owner not in parameters:
-            raise CheckpointError(
-                f"{directory}: optimizer state of {owner}, which this recipe does not train; use the recipe that wrote it"
-            )
-        parameter = parameters[owner]
-        # AdamW keeps its step count on the CPU and in float32 whatever the parameter is.
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)

@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from vlm2vec import errors
+from vlm2vec.errors import Vlm2VecError
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +94,48 @@ def gather_objects(obj: Any) -> list[Any]:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on all."""
+    return highest(int(flag)) > 0
+
+
+def highest(number: int) -> int:
+    """The largest `number` of all ranks."""
     if world_size() == 1:
-        return bool(flag)
+        return number
     import torch
 
-    found = torch.tensor([int(flag)], device=_device())
+    found = torch.tensor([number], device=_device())
     torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found.item())
+    return int(found.item())
+
+
+def lowest(number: int) -> int:
+    """The smallest `number` of all ranks."""
+    return -highest(-number)
+
+
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """The body ends on every rank as it ends on the lowest rank where it raises one of our errors. No collective may stand in the body."""
+    caught = None
+    try:
+        yield
+    except Vlm2VecError as error:
+        caught = error
+    raise_first(caught)
+
+
+def raise_first(error: Vlm2VecError | None) -> None:
+    """Every rank calls with its error or None; all raise the error of the lowest rank that has one, or none does."""
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    told = gather_objects(None if error is None else [type(error).__name__, str(error)])
+    for index, found in enumerate(told):
+        if found is not None:
+            if error is not None and index == rank():
+                raise error
+            raise getattr(errors, found[0])(f"rank {index}: {found[1]}")
 
 
 def _gather_equal(tensor: Tensor) -> list[Tensor]:

@@ -11,7 +11,8 @@ Distribution: `gather` (dist.gather_rows) turns the local embeddings into those 
 and gets
     * for the encoder, its own items' part of the gradient: the SUM over ranks is the gradient of the global loss;
     * for parameters of the objective (a learnable temperature), the whole gradient, equal on every rank: it must NOT be summed.
-No collective is called inside a backward pass, so ranks may hold different numbers of chunks and mix text-only chunks with pictures.
+No collective is called here inside a backward pass, so ranks may hold different numbers of chunks and mix text-only chunks with pictures.
+An encoder whose weights are spread over ranks does call some, in each pass over a chunk: then `idle` makes up the number of chunks.
 
 Shape letters: I local items in chunk order, C items in a chunk, D embedding.
 """
@@ -30,6 +31,7 @@ from vlm2vec.errors import Vlm2VecError
 
 Encode = Callable[[Any], Tensor]  # chunk -> (C, D)
 Objective = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]  # (I, D), or the gathered rows, -> scalar loss and statistics
+Backward = Callable[[Tensor, Tensor, bool], None]  # rows (C, D), their gradient, whether this is the last chunk of this call
 Gather = Callable[[Tensor], tuple[Tensor, int]]  # (I, D) -> rows of all ranks and the index of the first own one, as dist.gather_rows
 
 
@@ -56,6 +58,10 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def _plain_backward(rows_CD: Tensor, gradient_CD: Tensor, last: bool) -> None:
+    rows_CD.backward(gradient_CD)
+
+
 def cached_backward(
     chunks: Sequence[Any],
     encode: Encode,
@@ -64,6 +70,8 @@ def cached_backward(
     weight: float = 1.0,
     gather: Gather | None = None,
     keep: int = 0,
+    idle: int = 0,
+    backward: Backward = _plain_backward,
 ) -> StepResult:
     """Add the gradient of `weight * objective(embeddings)` to `.grad`.
 
@@ -71,19 +79,24 @@ def cached_backward(
     is held. Memory is the price of `keep`, the gradient does not depend on it.
 
     `encode(chunk)` -> (C, D) must be a pure function of chunk, weights and torch's random state; there is one seed per chunk. The objective
-    gets the embeddings in chunk order. `weight` is 1/accumulate when several batches make one step.
+    gets the embeddings in chunk order. `weight` is 1/accumulate when several batches make one step. After the chunks, `idle` times the last
+    of them goes through both passes once more with gradient zero, to keep ranks company that have more chunks.
     """
     jobs = list(zip(chunks, seeds, strict=True))
+    company = [jobs[-1]] * idle
     kept = [_encode_seeded(encode, chunk, seed) for chunk, seed in jobs[:keep]]
     with torch.no_grad():
         cached = [_encode_seeded(encode, chunk, seed) for chunk, seed in jobs[keep:]]
+        for chunk, seed in company:
+            _encode_seeded(encode, chunk, seed)
     result, gradient_ID = _objective_backward(torch.cat([*(rows.detach() for rows in kept), *cached]), objective, weight, gather)
-    gradients = gradient_ID.split([len(rows) for rows in (*kept, *cached)])
-    if kept:
-        torch.autograd.backward(kept, gradients[: len(kept)])
-    for (chunk, seed), gradient_CD in zip(jobs[keep:], gradients[len(kept) :], strict=True):
+    gradients = list(gradient_ID.split([len(rows) for rows in (*kept, *cached)]))
+    gradients += [torch.zeros_like(gradients[-1])] * idle
+    for index in range(len(kept)):
+        backward(kept[index], gradients[index], index == len(gradients) - 1)
+    for index, (chunk, seed) in enumerate([*jobs, *company][keep:], start=keep):
         with seeded(seed):  # covers the backward too: activation checkpointing runs the encoder in it
-            encode(chunk).backward(gradient_CD)
+            backward(encode(chunk), gradients[index], index == len(gradients) - 1)
     return result
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from vlm2vec import dist, io, standings
 from vlm2vec.config import Recipe, dump
 from vlm2vec.encoder import Encoder
+from vlm2vec.engines import launch
+from vlm2vec.engines.together import ending_together
 from vlm2vec.evalsets import require_data
 from vlm2vec.evaluate import evaluate
 from vlm2vec.report import table, write_report
@@ -56,9 +57,9 @@ def run(recipe: Recipe, fresh: bool = False) -> Done:
 
     Raises RunLockedError if another live process works in the same folder, Interrupted after a signal once the state is saved.
     """
-    PartialState()  # starts the process group that the launcher asked for: from here on `dist` knows the ranks
+    recipe = launch.start(recipe)
     run_dir = Path(recipe.run.dir)
-    with io.run_lock(run_dir) if dist.is_main() else nullcontext(), StopSignal() as stop:
+    with ending_together(), io.run_lock(run_dir) if dist.is_main() else nullcontext(), StopSignal() as stop:
         suite = load_suite(recipe.evaluate.suite, recipe.evaluate.root) if recipe.evaluate.suite else None
         if suite:
             require_data(suite)  # said now rather than after the last step

@@ -180,6 +180,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = _key("autocast of the forward pass; the loss is always fp32", "fp32")
     activation_checkpointing: bool = _key("recompute activations in the backward pass: less memory, more time", False)
     projector_lr: float | None = _key("peak learning rate of the projector; null means lr", None, "> 0")
+    engine: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] | None = _key(
+        "who holds weights, gradients and optimizer of several processes; null means what accelerate's config says, else ddp", None
+    )
 
     def rules(self) -> Iterator[Violation]:
         """What holds between the keys of this section."""
@@ -229,8 +232,10 @@ class Recipe:
         return digest(self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """The resolved tree without `run.dir` and `run.trackers`, which do not change the result."""
-        return asdict(self) | {"run": {"seed": self.run.seed}}
+        """The resolved tree without `run.dir`, `run.trackers` and `train.engine`, which do not change the result."""
+        tree = asdict(self) | {"run": {"seed": self.run.seed}}
+        del tree["train"]["engine"]
+        return tree
 
     def rules(self) -> Iterator[Violation]:
         """What holds between sections."""

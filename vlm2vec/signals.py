@@ -23,9 +23,9 @@ class StopSignal:
     def requested(self) -> bool:
         return self.number != 0
 
-    def interrupted(self, message: str) -> Interrupted:
-        """The error to end with; its exit code is 128 + the signal's number (SIGINT 130, SIGTERM 143)."""
-        return Interrupted(message, self.number or signal.SIGTERM)
+    def interrupted(self, message: str, number: int = 0) -> Interrupted:
+        """The error to end with; its exit code is 128 + `number`, or that of the signal received here (SIGINT 130, SIGTERM 143)."""
+        return Interrupted(message, number or self.number or signal.SIGTERM)
 
     def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._receive) for number in _HANDLED}

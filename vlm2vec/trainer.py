@@ -2,39 +2,29 @@
 
 Order and random numbers are pure functions of (seed, step), so a run that was killed at any moment and started again ends with the same
 bits.
-
-Shape letters: B queries, N targets, I distinct items, D embedding; after the gather they count all ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import resource
 import shutil
-import time
-from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vlm2vec import checkpoint, dist, io, log
 from vlm2vec.batch import Batch, BatchDataset
-from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
 from vlm2vec.encoder import Encoder
-from vlm2vec.errors import EnvError, NonFiniteError, RecipeError
-from vlm2vec.gradcache import cached_backward
+from vlm2vec.engines import prepare
+from vlm2vec.errors import EnvError, RecipeError
 from vlm2vec.losses import InfoNCE
-from vlm2vec.replay import Replay, leading_frozen
 from vlm2vec.signals import StopSignal
+from vlm2vec.step import Step
 
 LOG, PERF, RECIPE = "log.jsonl", "perf.jsonl", "recipe.yaml"
 
@@ -49,25 +39,28 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     resumed = checkpoint.latest(run_dir)
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
-    loss = InfoNCE(recipe.loss).to(accelerator.device)
-    optimizer = build_optimizer(recipe.train, encoder, loss)
-    start = checkpoint.restore(resumed, encoder, loss, optimizer) if resumed else 0
+    engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
+    start = checkpoint.restore(resumed, engine) if resumed else 0
     total = total_steps(recipe, mixture)
-    step_function = Step(recipe, encoder, loss, optimizer)
+    step_function = Step(recipe, engine)
     journal = Journal(run_dir, start, accelerator)
+
+    def save(step: int) -> None:
+        checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
+
     with log.progress(total, "training", "step", initial=start) as bar:
         for step, batches in _batches(recipe, mixture, encoder, start, total):
-            if stop is not None and dist.any_rank(stop.requested):
-                _save(recipe, run_dir, step, encoder, loss, optimizer)
-                raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on")
+            if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
+                save(step)
+                raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on", number)
             row, perf = step_function(step, batches, learning_rate(recipe.train, step, total))
             journal.write(row, perf)
             bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}", refresh=False)
             bar.update()
             if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == total:
-                _save(recipe, run_dir, step + 1, encoder, loss, optimizer)
+                save(step + 1)
     accelerator.end_training()
-    return encoder
+    return engine.trained(lambda: load_encoder(recipe, checkpoint.latest(run_dir)))
 
 
 # -- building ----------------------------------------------------------------------------------------------------------------------------
@@ -75,7 +68,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
 
 def _accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     """Device, process group and trackers. Mixed precision is the encoder's own autocast, so that evaluation computes the same."""
-    accelerator = Accelerator(log_with=list(recipe.run.trackers) or None, project_dir=str(run_dir))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(recipe.run.trackers) or None, project_dir=str(run_dir))
     if recipe.run.trackers:
         accelerator.init_trackers("vlm2vec", config={"recipe": dump(recipe), "digest": recipe.digest})
     return accelerator
@@ -101,18 +94,6 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
 def mixture_of(recipe: Recipe) -> Mixture:
     """The pairs of the recipe, in the order that its seed, blocks and global batch fix."""
     return build_mixture(recipe.data, recipe.loss.explicit_negatives, recipe.train.global_batch, recipe.run.seed)
-
-
-def build_optimizer(options: TrainConfig, encoder: Encoder, loss: nn.Module) -> torch.optim.AdamW:
-    """AdamW with the projector on its own learning rate and no decay on biases, norms and the temperature."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in checkpoint.trainable(encoder, loss).items():
-        projector = name.startswith("encoder.") and encoder.backbone.part_of(name.removeprefix("encoder.")) == "projector"
-        ratio = options.projector_lr / options.lr if projector and options.projector_lr else 1.0
-        decay = options.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((ratio, decay), []).append(parameter)
-    tables = [{"params": members, "lr_ratio": ratio, "weight_decay": decay} for (ratio, decay), members in groups.items()]
-    return torch.optim.AdamW(tables, lr=options.lr, betas=options.betas)
 
 
 def total_steps(recipe: Recipe, mixture: Mixture) -> int:
@@ -141,152 +122,6 @@ def _batches(recipe: Recipe, mixture: Mixture, encoder: Encoder, start: int, tot
     batches = iter(loader)
     for step in range(start, total):
         yield step, [next(batches) for _ in range(per_step)]
-
-
-# -- one step ----------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Who is whose among the items of all ranks: row numbers into the gathered embeddings."""
-
-    item_id_I: Tensor
-    query_B: Tensor
-    positive_B: Tensor
-    negative_K: Tensor
-
-    @classmethod
-    def gather(cls, batch: Batch, chunks: list[list[int]], device: torch.device) -> Layout:
-        """Renumber the items of this rank in the order in which their chunks are embedded, and shift them behind those of lower ranks."""
-        order = torch.tensor([row for chunk in chunks for row in chunk])
-        item_id_I, offset = dist.gather_rows(batch.item_id_I[order].to(device))
-        position = torch.argsort(order) + offset
-        rows = [dist.gather_rows(position[index].to(device))[0] for index in (batch.query_B, batch.positive_B, batch.negative_K)]
-        return cls(item_id_I, *rows)
-
-    def contrast(self, loss: InfoNCE, embedding_ID: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch: every positive and every explicit negative is a target, each row once."""
-        target_N, inverse = torch.unique(torch.cat([self.positive_B, self.negative_K]), return_inverse=True)
-        return loss(
-            embedding_ID[self.query_B],
-            embedding_ID[target_N],
-            positive_B=inverse[: len(self.positive_B)],
-            target_id_N=self.item_id_I[target_N],
-            query_id_B=self.item_id_I[self.query_B],
-        )
-
-
-@dataclass
-class Step:
-    """One optimizer step on `accumulate` contrastive batches; returns the row of the log and the figures of speed."""
-
-    recipe: Recipe
-    encoder: Encoder
-    loss: InfoNCE
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, nn.Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = checkpoint.trainable(self.encoder, self.loss)
-        set_training_mode(self.encoder.model)
-
-    def __call__(self, step: int, batches: list[Batch], lr: float) -> tuple[dict[str, float], dict[str, float]]:
-        started = time.perf_counter()
-        try:
-            stats = [self._backward(step, index, batch) for index, batch in enumerate(batches)]
-            self._reduce()
-            grad_norm = self._clip(step)
-        except NonFiniteError as error:
-            self.optimizer.zero_grad()
-            raise self._report(step, batches, error) from error
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        row = {key: sum(entry[key] for entry in stats) / len(stats) for key in stats[0]}
-        return {"step": step + 1, **row, "grad_norm": grad_norm, "lr": lr}, _speed(batches, time.perf_counter() - started)
-
-    def _backward(self, step: int, micro: int, batch: Batch) -> dict[str, float]:
-        lengths = [len(features) for features in batch.features]
-        chunks = plan_chunks(lengths, self.recipe.train.chunk_tokens)
-        layout = Layout.gather(batch, chunks, self.encoder.device)
-        padded = list(accumulate(len(chunk) * lengths[chunk[0]] for chunk in chunks))
-        with Replay(leading_frozen(self.encoder.backbone.towers())) as replay:
-            result = cached_backward(
-                chunks,
-                encode=lambda chunk: self._embed(batch, chunk, replay),
-                objective=lambda embedding_ID: layout.contrast(self.loss, embedding_ID),
-                seeds=[step_seed(self.recipe.run.seed, step, micro, dist.rank(), index) for index in range(len(chunks))],
-                weight=1.0 / self.recipe.train.accumulate,
-                gather=dist.gather_rows,
-                keep=bisect_right(padded, self.recipe.train.keep_tokens),
-            )
-        if not torch.isfinite(result.loss):
-            raise NonFiniteError(f"loss={result.loss.item()}")
-        return {
-            "loss": result.loss.item(),
-            **{name: float(value) for name, value in result.stats.items()},
-            "padding_share": 1 - sum(lengths) / padded[-1],
-        }
-
-    def _embed(self, batch: Batch, chunk: list[int], replay: Replay) -> Tensor:
-        inputs = self.encoder.processor.collate([batch.features[row] for row in chunk])
-        with replay.chunk(chunk[0]):
-            return self.encoder.embed({name: tensor.to(self.encoder.device) for name, tensor in inputs.items()})
-
-    def _reduce(self) -> None:
-        """Sum the encoder's gradients over ranks: each rank holds its own items' share of the gradient of one global loss.
-
-        The loss's own parameters saw the whole batch on every rank, so their gradients are equal already.
-        """
-        if dist.world_size() > 1:
-            for name, parameter in self.parameters.items():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                if name.startswith("encoder."):
-                    dist.all_reduce_sum([parameter.grad])
-
-    def _clip(self, step: int) -> float:
-        options = self.recipe.train
-        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"gradient norm={norm.item()}")
-        if options.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), options.clip, norm)
-        return norm.item()
-
-    def _report(self, step: int, batches: list[Batch], error: NonFiniteError) -> NonFiniteError:
-        file = Path(self.recipe.run.dir) / f"nonfinite-{step + 1}.json"
-        ids = [batch.pair_ids for batch in batches]
-        io.write_json(file, {"step": step + 1, "rank": dist.rank(), "reason": str(error), "pair_ids": ids})
-        return NonFiniteError(
-            f"step {step + 1}, rank {dist.rank()}: {error}; batch ids dumped to {file}. Weights are those of step {step}: "
-            "look at these pairs, or lower train.lr, or use train.precision=fp32"
-        )
-
-
-def step_seed(*parts: int) -> int:
-    """A random seed that is a pure function of (run seed, step, micro-batch, rank, chunk): no random state needs saving."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def set_training_mode(model: nn.Module) -> None:
-    """Training mode where something is trained, evaluation mode in modules without a trainable parameter: a frozen tower draws no random
-    number.
-    """
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
-
-
-def _speed(batches: list[Batch], seconds: float) -> dict[str, float]:
-    items = sum(len(batch.features) for batch in batches)
-    tokens = sum(len(features) for batch in batches for features in batch.features)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "items_per_s": items / seconds, "tokens_per_s": tokens / seconds, "peak_bytes": peak}
 
 
 # -- the run folder ----------------------------------------------------------------------------------------------------------------------
@@ -335,10 +170,3 @@ def _forget(run_dir: Path) -> None:
     for pattern in ("step-*", "*.jsonl", "nonfinite-*.json", "results*.json", "report.*", "model", RECIPE):
         for path in run_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _save(recipe: Recipe, run_dir: Path, step: int, encoder: Encoder, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if dist.is_main():
-        checkpoint.save(run_dir, step, encoder, loss, optimizer, recipe.digest)
-        checkpoint.prune(run_dir, recipe.checkpoint.keep)
-    dist.barrier()
