@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import fork_ranks
 from vlm2vec import dist
+from vlm2vec.errors import DataError, EnvError
 
 Ranks = Callable[..., None]
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
+def ranks() -> Ranks:
     """Run a function as `world` processes of one group; fails unless all return."""
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
 
     def run(function: Callable[[int], None], world: int = 2) -> None:
-        children = [_child(function, rank, world, tmp_path / "store") for rank in range(world)]
-        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * world
+        assert fork_ranks(function, world, seconds=20) == [0] * world
 
     return run
-
-
-def _child(function: Callable[[int], None], rank: int, world: int, store: Path) -> int:
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", f"file://{store}", timedelta(seconds=20), rank=rank, world_size=world)
-        function(rank)
-        code = 0
-    finally:
-        os._exit(code)
 
 
 def test_without_a_group_there_is_one_rank() -> None:
@@ -143,6 +127,30 @@ def test_one_flag_is_seen_by_all(ranks: Ranks) -> None:
         assert dist.any_rank(True) is True
 
     ranks(check)
+
+
+def test_numbers_are_compared_over_ranks(ranks: Ranks) -> None:
+    def check(rank: int) -> None:
+        assert (dist.highest(rank * 5), dist.lowest(rank - 3)) == (10, -3)
+
+    assert (dist.highest(7), dist.lowest(7)) == (7, 7)
+    ranks(check, world=3)
+
+
+def test_all_ranks_end_as_the_lowest_that_fails(ranks: Ranks) -> None:
+    def check(rank: int) -> None:
+        with pytest.raises(EnvError, match="^disk full$" if rank == 1 else "^rank 1: disk full$"), dist.agreeing():
+            if rank == 1:
+                raise EnvError("disk full")
+            if rank == 2:
+                raise DataError("too late")
+        with dist.agreeing():
+            dist.rank()
+        dist.barrier()
+
+    with pytest.raises(EnvError, match="^alone$"), dist.agreeing():
+        raise EnvError("alone")
+    ranks(check, world=3)
 
 
 @pytest.mark.parametrize(
