@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vlm2vec import dist
+from vlm2vec.errors import DataError, EnvError
 
 Ranks = Callable[..., None]
 
@@ -115,6 +116,30 @@ def test_one_flag_is_seen_by_all(ranks: Ranks) -> None:
         assert dist.any_rank(True) is True
 
     ranks(check)
+
+
+def test_numbers_are_compared_over_ranks(ranks: Ranks) -> None:
+    def check(rank: int) -> None:
+        assert (dist.highest(rank * 5), dist.lowest(rank - 3)) == (10, -3)
+
+    assert (dist.highest(7), dist.lowest(7)) == (7, 7)
+    ranks(check, world=3)
+
+
+def test_all_ranks_end_as_the_lowest_that_fails(ranks: Ranks) -> None:
+    def check(rank: int) -> None:
+        with pytest.raises(EnvError, match="^disk full$" if rank == 1 else "^rank 1: disk full$"), dist.agreeing():
+            if rank == 1:
+                raise EnvError("disk full")
+            if rank == 2:
+                raise DataError("too late")
+        with dist.agreeing():
+            dist.rank()
+        dist.barrier()
+
+    with pytest.raises(EnvError, match="^alone$"), dist.agreeing():
+        raise EnvError("alone")
+    ranks(check, world=3)
 
 
 @pytest.mark.parametrize(

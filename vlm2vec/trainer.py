@@ -59,7 +59,8 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
             bar.update()
             if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == total:
                 save(step + 1)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not `end_training`, which ends the process group too: ranks evaluate together afterwards
+        tracker.finish()
     return engine.trained(lambda: load_encoder(recipe, checkpoint.latest(run_dir)))
 
 

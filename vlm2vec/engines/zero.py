@@ -126,6 +126,7 @@ class ZeroEngine(Engine):
 
         found = super().optimizer_tensors()
         step = _state(self.zero)
+        self._link()
         for name, parameter in self.spread.items() if step else ():
             moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if dist.is_main():
@@ -155,6 +156,13 @@ class ZeroEngine(Engine):
         base.set_rate(self.zero.optimizer, 0.0)
         self.zero.step()
         self.forget()
+        self._link()
+
+    def _link(self) -> None:
+        """Tell parameters where their optimizer state is: stages 1 and 2 do so after stepping the first group, when others have none."""
+        if self.stage < 3 and _state(self.zero):
+            self.zero.optimizer._hp_optimizer_states_linked = False
+            self.zero.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _put_together(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
         """Inside, a parameter that stage 3 took apart is whole on every rank. Every rank enters."""
