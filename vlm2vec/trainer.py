@@ -14,7 +14,6 @@ import resource
 import shutil
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -22,15 +21,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vlm2vec import checkpoint, dist, io, log
-from vlm2vec.batch import Batch, BatchDataset
+from vlm2vec.batch import Batch
 from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import EnvError, NonFiniteError, RecipeError
+from vlm2vec.feed import read_steps
 from vlm2vec.gradcache import cached_backward
 from vlm2vec.losses import InfoNCE
 from vlm2vec.replay import Replay, leading_frozen
@@ -56,7 +55,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     step_function = Step(recipe, encoder, loss, optimizer)
     journal = Journal(run_dir, start, accelerator)
     with log.progress(total, "training", "step", initial=start) as bar:
-        for step, batches in _batches(recipe, mixture, encoder, start, total):
+        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total):
             if stop is not None and dist.any_rank(stop.requested):
                 _save(recipe, run_dir, step, encoder, loss, optimizer)
                 raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on")
@@ -130,17 +129,6 @@ def learning_rate(options: TrainConfig, step: int, total: int) -> float:
     done = (step - options.warmup) / max(1, total - options.warmup)
     shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return options.lr * shape[options.schedule]
-
-
-def _batches(recipe: Recipe, mixture: Mixture, encoder: Encoder, start: int, total: int) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its `accumulate` micro-batches) from `start` on; workers read ahead, the order does not depend on them."""
-    per_step = recipe.train.accumulate
-    dataset = BatchDataset(mixture, encoder.processor, recipe.loss.explicit_negatives, dist.rank(), dist.world_size())
-    indices = range(start * per_step, total * per_step)
-    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=recipe.data.workers)
-    batches = iter(loader)
-    for step in range(start, total):
-        yield step, [next(batches) for _ in range(per_step)]
 
 
 # -- one step ----------------------------------------------------------------------------------------------------------------------------
