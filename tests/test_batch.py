@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Sequence
 
@@ -110,4 +109,4 @@ def test_without_leave_to_skip_the_error_names_the_picture_and_the_key() -> None
 def test_whereabouts_are_kept_by_workers_only() -> None:
     whereabouts = Whereabouts(2)
     whereabouts.note(0, 1, 2)
-    assert whereabouts.of([os.getpid()]) == []
+    assert whereabouts.of_the_dead(0) == []

@@ -5,7 +5,9 @@ Shape letters: B queries, I distinct items of the batch, K explicit negatives.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -98,9 +100,15 @@ class Whereabouts:
         if (worker := get_worker_info()) is not None:
             self._at_WF[worker.id] = torch.tensor([os.getpid(), source, row, item])
 
-    def of(self, processes: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(source, row, item) of those processes that noted something."""
-        return [(source, row, item) for process, source, row, item in self._at_WF.tolist() if process in processes]
+    def of_the_dead(self, grace: float) -> list[tuple[int, int, int]]:
+        """(source, row, item) of workers that are no more, given up to `grace` seconds to end. Called by the process that started them."""
+        until = time.monotonic() + grace
+        while True:
+            alive = {child.pid for child in multiprocessing.active_children()}
+            places = [(source, row, item) for process, source, row, item in self._at_WF.tolist() if process >= 0 and process not in alive]
+            if places or time.monotonic() >= until:
+                return places
+            time.sleep(0.05)
 
 
 class BatchDataset(Dataset[Batch | Vlm2VecError]):

@@ -7,23 +7,25 @@ and the files.
 from __future__ import annotations
 
 import math
-import re
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from vlm2vec import dist
+from vlm2vec import dist, errors
 from vlm2vec.backbones.base import Processor
 from vlm2vec.batch import Batch, BatchDataset, Whereabouts, items_of
 from vlm2vec.config import Recipe
-from vlm2vec.data.bad import BadPairs
+from vlm2vec.data.bad import BadPair, BadPairs
 from vlm2vec.data.mixture import Mixture
 from vlm2vec.errors import EnvError, ImageError, Vlm2VecError
 from vlm2vec.signals import HANDLED
+
+_GRACE = 2.0  # seconds from the end of a worker's connections to its own
 
 
 def read_steps(recipe: Recipe, mixture: Mixture, processor: Processor, start: int, total: int) -> Iterator[tuple[int, list[Batch]]]:
@@ -47,14 +49,18 @@ def read_steps(recipe: Recipe, mixture: Mixture, processor: Processor, start: in
 
 
 def _agree(step: int, found: list[Batch | Vlm2VecError], bad: BadPairs) -> None:
-    """Every rank notes what all ranks met, in the order of the global batch, and ends if one cannot go on."""
-    errors = [error for error in found if isinstance(error, Vlm2VecError)]
-    told = dist.gather_objects((errors, [batch.bad for batch in found if isinstance(batch, Batch)]))
-    for errors, _ in told:
-        for error in errors:
-            raise error
+    """Every rank notes what all ranks met, in the order of the global batch, and ends as the first that cannot go on."""
+    told = dist.gather_objects([_told(batch) for batch in found])
     for micro in range(len(found)):
-        bad.add(step + 1, (pair for _, batches in told for pair in batches[micro]))
+        for name, content in (batches[micro] for batches in told):
+            if name:
+                raise getattr(errors, name)(content)
+            bad.add(step + 1, (BadPair(**pair) for pair in content))
+
+
+def _told(batch: Batch | Vlm2VecError) -> list[Any]:
+    """What other ranks need to know, as JSON: the class of an error and its message, or "" and the bad pairs."""
+    return [type(batch).__name__, str(batch)] if isinstance(batch, Vlm2VecError) else ["", [asdict(pair) for pair in batch.bad]]
 
 
 def _sound(batch: Batch | Vlm2VecError) -> Batch:
@@ -77,7 +83,7 @@ def _in_order(dataset: BatchDataset, indices: range, workers: int) -> Iterator[B
     for _ in indices:
         try:
             batch = next(batches)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: what a dead worker still owed cannot be fetched from it
             raise _explained(error, dataset) from error
         yield batch
 
@@ -92,16 +98,16 @@ def _patient(worker: int) -> None:
         signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
-def _explained(error: RuntimeError, dataset: BatchDataset) -> Exception:
+def _explained(error: Exception, dataset: BatchDataset) -> Exception:
     """The death of a worker with the sample that it was at; any other error as it is."""
-    died = re.search(r"pid\(s\) ([\d, ]+)\) exited unexpectedly", str(error))
-    if died is None or dataset.whereabouts is None:
+    died = "exited unexpectedly" in str(error)
+    places = dataset.whereabouts.of_the_dead(0 if died else _GRACE) if dataset.whereabouts else []
+    if not died and not places:
         return error
-    places = dataset.whereabouts.of([int(process) for process in died[1].split(",")])
     samples = " and ".join(_sample(dataset, *place) for place in places) or "its first sample"
     return EnvError(
-        f"a loader worker died (process {died[1]}) while it was at {samples}: the system may have killed it for its memory (then lower "
-        "data.workers), or a library may have crashed on that picture (then remove it)"
+        f"a loader worker died while it was at {samples}: the system may have killed it for its memory (then lower data.workers), or a "
+        "library may have crashed on that picture (then remove it)"
     )
 
 
