@@ -136,6 +136,10 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = _key("datasets of the mixture")
     block: int = _key("consecutive pairs of one source inside a global batch; 0 means mixed freely", 0, ">= 0")
     workers: int = _key("processes per rank that read and decode ahead; 0 means none", 0, ">= 0")
+    bad_pictures: Literal["stop", "skip"] = _key(
+        "a pair with a picture that cannot be read stops the run, or is replaced by the next one of its source and listed", "stop"
+    )
+    max_bad_fraction: float = _key("share of the mixture's pairs that may be replaced before the run stops", 0.001, "in [0, 1)")
 
     def rules(self) -> Iterator[Violation]:
         """What holds between the keys of this section."""
@@ -232,9 +236,9 @@ class Recipe:
         return digest(self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """The resolved tree without `run.dir`, `run.trackers` and `train.engine`, which do not change the result."""
+        """The resolved tree without what does not change the result: where the run lives, its engine, how many bad pairs it bears."""
         tree = asdict(self) | {"run": {"seed": self.run.seed}}
-        del tree["train"]["engine"]
+        del tree["train"]["engine"], tree["data"]["max_bad_fraction"]
         return tree
 
     def rules(self) -> Iterator[Violation]:

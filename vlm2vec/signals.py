@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm2vec.errors import Interrupted
 
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:
@@ -28,7 +28,7 @@ class StopSignal:
         return Interrupted(message, number or self.number or signal.SIGTERM)
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._receive) for number in _HANDLED}
+        self._previous = {number: signal.signal(number, self._receive) for number in HANDLED}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from vlm2vec import checkpoint, dist, io, log
-from vlm2vec.batch import Batch, BatchDataset
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import prepare
 from vlm2vec.errors import EnvError, RecipeError
+from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
 from vlm2vec.signals import StopSignal
 from vlm2vec.step import Step
@@ -49,7 +47,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
         checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
 
     with log.progress(total, "training", "step", initial=start) as bar:
-        for step, batches in _batches(recipe, mixture, encoder, start, total):
+        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total):
             if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
                 save(step)
                 raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on", number)
@@ -112,17 +110,6 @@ def learning_rate(options: TrainConfig, step: int, total: int) -> float:
     done = (step - options.warmup) / max(1, total - options.warmup)
     shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return options.lr * shape[options.schedule]
-
-
-def _batches(recipe: Recipe, mixture: Mixture, encoder: Encoder, start: int, total: int) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its `accumulate` micro-batches) from `start` on; workers read ahead, the order does not depend on them."""
-    per_step = recipe.train.accumulate
-    dataset = BatchDataset(mixture, encoder.processor, recipe.loss.explicit_negatives, dist.rank(), dist.world_size())
-    indices = range(start * per_step, total * per_step)
-    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=recipe.data.workers)
-    batches = iter(loader)
-    for step in range(start, total):
-        yield step, [next(batches) for _ in range(per_step)]
 
 
 # -- the run folder ----------------------------------------------------------------------------------------------------------------------
