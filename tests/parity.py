@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -25,7 +27,7 @@ from vlm2vec.batch import Batch, make_batch
 from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe
 from vlm2vec.data.types import ImageRef, Item, Pair
-from vlm2vec.engines import Engine, base, prepare, trainable
+from vlm2vec.engines import Engine, base, prepare, trainable, zero
 from vlm2vec.gradcache import seeded
 from vlm2vec.losses import InfoNCE
 from vlm2vec.step import Layout, Step, step_seed
@@ -114,6 +116,7 @@ SITUATIONS = {
     "projector trained, layers adapted": Situation(
         lambda: [[[*mixed(0, 4), *words(4, 3)], words(7, 6)]], parts="[projector]", train={"chunk_tokens": 30, "keep_tokens": 60}
     ),
+    "vision alone trained": Situation(text_beside_pictures, lora="null", parts="[vision]"),
     "smolvlm": Situation(text_beside_pictures, "smolvlm", **FULL),
     "vista": Situation(text_beside_pictures, "vlm2vec_vista", **FULL),
     "mllama": Situation(text_beside_pictures, "mllama", **FULL),
@@ -230,12 +233,17 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     }
 
 
+def engines(*names: str, mark: Any = ()) -> list[Any]:
+    """Parameters of a test, without those of a library that is not here."""
+    absent = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+    marks = [mark] if mark else []
+    return [pytest.param(name, marks=[*marks, absent] if name.startswith("zero") else marks) for name in names]
+
+
 def warm_up() -> None:
     """Import what every rank will need, once and before forking."""
-    from vlm2vec.engines import fsdp, zero
-
-    zero.deepspeed()
-    import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    import_module("deepspeed.runtime.zero.stage3")
-    import_module("deepspeed.runtime.zero.stage_1_and_2")
-    assert fsdp.FullyShardedEngine.meets
+    import_module("vlm2vec.engines.fsdp")
+    if find_spec("deepspeed") is not None:
+        zero.deepspeed()
+        for name in ("muon.muon_optimizer", "stage3", "stage_1_and_2"):
+            import_module(f"deepspeed.runtime.zero.{name}")

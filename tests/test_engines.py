@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.parity import SITUATIONS, disturbed, errors, on_ranks, oracle, warm_up
+from tests.parity import SITUATIONS, disturbed, engines, errors, on_ranks, oracle, warm_up
 from tests.ranks import fork_ranks
 from tests.runs import tiny_recipe
 from vlm2vec.backbones import registry
 from vlm2vec.engines import prepare
-from vlm2vec.engines.units import find_units
+from vlm2vec.engines.units import check_backward, find_units
 from vlm2vec.errors import RecipeError
 from vlm2vec.losses import InfoNCE
 
 BAR = 1e-5  # relative error of every tensor
-ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 # What once went wrong, or is most likely to, under an engine that takes seconds to start.
 HARD = ["projector trained, layers adapted", "accumulated", "text beside pictures, vision trained"]
 
@@ -28,6 +28,8 @@ def imported() -> None:
 
 
 def check(situation: str, engine: str, optimizer: str, folder: Path) -> None:
+    if situation == "vision alone trained" and engine in ("fsdp2", "zero3"):
+        pytest.skip("refused, see below")
     expected = oracle(SITUATIONS[situation], optimizer)
     assert expected["norm"] > SITUATIONS[situation].recipe(folder).train.clip, "nothing is clipped"
     found = errors(on_ranks(SITUATIONS[situation], engine, optimizer, folder), expected)
@@ -40,7 +42,7 @@ def test_two_ranks_take_the_step_of_one_process(situation: str, engine: str, tmp
     check(situation, engine, "sgd", tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+@pytest.mark.parametrize("engine", engines("zero1", "zero3"))
 @pytest.mark.parametrize("situation", HARD)
 def test_zero_takes_the_step_of_one_process(situation: str, engine: str, tmp_path: Path) -> None:
     check(situation, engine, "adamw", tmp_path)
@@ -48,7 +50,7 @@ def test_zero_takes_the_step_of_one_process(situation: str, engine: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", engines("ddp", "fsdp2", "zero1", "zero2", "zero3"))
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_every_engine_takes_the_step_of_one_process_in_every_situation(situation: str, engine: str, optimizer: str, tmp_path: Path) -> None:
     check(situation, engine, optimizer, tmp_path)
@@ -68,8 +70,8 @@ def test_layers_that_every_chunk_runs_are_found_in_every_family(family: str, tmp
     assert units.root is not None
 
 
-@pytest.mark.parametrize(("engine", "most"), [("ddp", 1.0), ("fsdp2", 0.6), ("zero3", 0.6)])
-def test_a_rank_holds_its_part_of_the_weights_only(engine: str, most: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", engines("ddp", "fsdp2", "zero3"))
+def test_a_rank_holds_its_part_of_the_weights_only(engine: str, tmp_path: Path) -> None:
     """Elements of the language model that stay allocated on a rank between steps."""
 
     def measure(rank: int) -> None:
@@ -83,11 +85,12 @@ def test_a_rank_holds_its_part_of_the_weights_only(engine: str, most: float, tmp
             if encoder.backbone.part_of(name) == "language":
                 local = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
                 held += local.numel()
-        assert (0.4 if most < 1 else 0.99) * total < held <= most * total, (held, total)
+        assert held == total if engine == "ddp" else 0.4 * total < held < 0.6 * total
 
     assert fork_ranks(measure, 2) == [0, 0]
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 def test_weights_in_bfloat16_are_refused_where_the_optimizer_would_round_them(tmp_path: Path) -> None:
     def refused(rank: int) -> None:
         recipe = SITUATIONS["frozen weights in bf16"].recipe(tmp_path, "zero1")
@@ -97,6 +100,19 @@ def test_weights_in_bfloat16_are_refused_where_the_optimizer_would_round_them(tm
             prepare(recipe.train, encoder, InfoNCE(recipe.loss))
 
     assert fork_ranks(refused, 2) == [0, 0]
+
+
+def test_layers_that_only_some_chunks_go_back_through_are_not_spread(tmp_path: Path) -> None:
+    """All frozen: refused. Frozen ones behind a trained projector: refused. Frozen ones behind frozen towers: every chunk skips them."""
+    encoder = disturbed(SITUATIONS["vision alone trained"].recipe(tmp_path))
+    units = find_units(encoder)
+    with pytest.raises(RecipeError, match=r"2 of 2 have nothing to train.*zero1"):
+        check_backward(encoder, units, "fsdp2")
+    next(units.parts[1].parameters()).requires_grad_()
+    with pytest.raises(RecipeError, match="1 of 2"):
+        check_backward(encoder, units, "fsdp2")
+    encoder.model.model.visual.requires_grad_(False)
+    check_backward(encoder, units, "fsdp2")
 
 
 def test_one_process_has_nothing_to_spread(tmp_path: Path) -> None:

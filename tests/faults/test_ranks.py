@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity import warm_up
+from tests.parity import engines, warm_up
 from tests.rank_runs import recipe_of, run_on_ranks, stop_at
 from tests.runs import start_run
 from vlm2vec import checkpoint, dist, io
@@ -25,17 +25,12 @@ from vlm2vec.step import CHUNKS, Step
 from vlm2vec.trainer import LOG, mixture_of
 
 
-def rarely(*values: Any) -> list[Any]:
-    """Cases for `make test-faults`."""
-    return [pytest.param(value, marks=pytest.mark.faults) for value in values]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     warm_up()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *rarely(signal.SIGINT, signal.SIGUSR1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_any_rank_ends_all_after_the_same_step(number: int, tmp_path: Path) -> None:
     rank = number % 2
     assert run_on_ranks(recipe_of(tmp_path), stop_at(1, rank, number)) == [128 + number] * 2
@@ -43,7 +38,7 @@ def test_a_signal_to_any_rank_ends_all_after_the_same_step(number: int, tmp_path
     assert len(io.read_jsonl(tmp_path / LOG)) == 2
 
 
-@pytest.mark.parametrize("engine", ["ddp", *rarely("fsdp2")])
+@pytest.mark.parametrize("engine", [*engines("ddp"), *engines("fsdp2", mark=pytest.mark.faults)])
 @pytest.mark.parametrize("error", [DataError("row 7 is broken"), KeyError("row 8")], ids=["ours", "any"])
 def test_an_error_of_one_rank_ends_the_others_with_its_words(
     error: Exception, engine: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -66,7 +61,7 @@ def test_an_error_of_one_rank_ends_the_others_with_its_words(
 
 
 @pytest.mark.parametrize("where", ["embedding", "gradient"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", *rarely("zero2", "zero3")])
+@pytest.mark.parametrize("engine", [*engines("ddp", "fsdp2"), *engines("zero2", "zero3", mark=pytest.mark.faults)])
 def test_a_nan_on_one_rank_stops_all_before_the_optimizer(engine: str, where: str, tmp_path: Path) -> None:
     def prepare() -> None:
         embed, reduce, call, now = Encoder.embed, Engine.reduce, Step.__call__, {"step": -1}
@@ -130,7 +125,7 @@ def fill_memory(step: int, on_rank: int, chunk: int, second_pass: bool, times: i
     return prepare
 
 
-@pytest.mark.parametrize("engine", ["ddp", *rarely("zero2")])
+@pytest.mark.parametrize("engine", [*engines("ddp"), *engines("zero2", mark=pytest.mark.faults)])
 @pytest.mark.parametrize(("chunk", "second_pass"), [(0, False), (2, False), (0, True), (2, True)])
 def test_a_full_memory_shrinks_the_chunks_and_nothing_else(engine: str, chunk: int, second_pass: bool, tmp_path: Path) -> None:
     keys = {"lora": "{rank: 4}", "steps": 3}
@@ -142,7 +137,7 @@ def test_a_full_memory_shrinks_the_chunks_and_nothing_else(engine: str, chunk: i
         assert [row[key] for row in full] == pytest.approx([row[key] for row in calm], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", *rarely("zero3")])
+@pytest.mark.parametrize("engine", [*engines("fsdp2"), *engines("zero3", mark=pytest.mark.faults)])
 def test_where_ranks_meet_in_chunks_a_full_memory_ends_the_run_and_the_next_start_has_smaller_ones(
     engine: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,8 @@ class Engine:
 
     def backward(self, rows_CD: Tensor, gradient_CD: Tensor, last: bool) -> None:
         """Add to the gradients what `gradient_CD` at these rows gives; `last` marks the final chunk of the step."""
-        rows_CD.backward(gradient_CD)
+        if rows_CD.requires_grad:  # not where a chunk of text meets no trained weight
+            rows_CD.backward(gradient_CD)
 
     def reduce(self) -> None:
         """Sum the encoder's gradients over ranks. A parameter that nothing used has gradient zero, on any number of ranks."""

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vlm2vec import dist
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines.base import Engine, trainable
-from vlm2vec.engines.units import exchanged, find_units, owners, retie
+from vlm2vec.engines.units import check_backward, exchanged, find_units, owners, retie
 
 
 class FullyShardedEngine(Engine):
@@ -31,6 +31,7 @@ class FullyShardedEngine(Engine):
     def prepare(self) -> None:
         """Spread the layers, then make the optimizer on this rank's parts."""
         model, units = self.encoder.model, find_units(self.encoder)
+        check_backward(self.encoder, units, self.name)
         mesh, before = init_device_mesh(self.encoder.device.type, (dist.world_size(),)), owners(model)
         self.shards: list[FSDPModule] = [fully_shard(part, mesh=mesh, reshard_after_forward=True) for part in units.parts]
         if units.root is not None:  # it owns no weights, but lets the layers share streams and fetch ahead

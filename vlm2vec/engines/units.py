@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm2vec.encoder import Encoder
+from vlm2vec.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,22 @@ def find_units(encoder: Encoder) -> Units:
     inside = {id(part) for part in parts}
     root = next((module for module in calls if inside <= {id(part) for part in module.modules()}), None)
     return Units(parts, root)
+
+
+def check_backward(encoder: Encoder, units: Units, engine: str) -> None:
+    """Raise RecipeError unless every chunk goes back through the same layers, whatever its items hold: there the ranks meet too.
+
+    A layer with a trained weight always takes part. One without takes part only in chunks where something in front of it is trained.
+    """
+    layers = [part for part in units.parts if not isinstance(part, nn.Embedding)]
+    idle = [layer for layer in layers if not any(parameter.requires_grad for parameter in layer.parameters())]
+    inside = {id(parameter) for part in units.parts for parameter in part.parameters()}
+    others = any(parameter.requires_grad and id(parameter) not in inside for parameter in encoder.model.parameters())
+    if len(idle) == len(layers) or (idle and others):
+        raise RecipeError(
+            f"train.engine: {engine} spreads the layers of the language model, and {len(idle)} of {len(layers)} have nothing to train, so "
+            "text and pictures would go back through different ones; add language to model.train or lora.parts, or take ddp, zero1 or zero2"
+        )
 
 
 def _reads(encoder: Encoder, prefix: str, module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from vlm2vec import dist
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import base
 from vlm2vec.engines.base import Engine, trainable
-from vlm2vec.engines.units import exchanged, find_units
+from vlm2vec.engines.units import check_backward, exchanged, find_units
 from vlm2vec.errors import EnvError, RecipeError
 from vlm2vec.losses import InfoNCE
 
@@ -43,16 +43,16 @@ def deepspeed() -> Any:
 
 
 class _Spread(nn.Module):
-    """What DeepSpeed sees of a model: some parameters or layers, and a forward that runs the whole."""
+    """What DeepSpeed sees of a model: some parameters, or some layers, which run when the model runs.
 
-    def __init__(self, forward: Callable[..., Tensor], parameters: Iterable[nn.Parameter], parts: Iterable[nn.Module]) -> None:
+    It is never called itself, so that DeepSpeed records no order of layers to fetch ahead by: that order differs between first and second
+    passes.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.run = forward
-        self.held = nn.ParameterList(parameters)
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.run(batch)
+        self.weights = nn.ParameterList(parameters)
+        self.layers = nn.ModuleList(layers)
 
 
 class ZeroEngine(Engine):
@@ -78,8 +78,6 @@ class ZeroEngine(Engine):
         self.zero.enable_backward_allreduce = False
         for hook in (*self.zero.optimizer._grad_acc_hooks, *getattr(self.zero.optimizer, "_leaf_module_hooks", ())):
             hook.remove()
-        if self.stage == 3:
-            self.encoder.backbone.hidden = self.zero  # type: ignore[method-assign]  # so that DeepSpeed sees each forward start and end
 
     def backward(self, rows_CD: Tensor, gradient_CD: Tensor, last: bool) -> None:
         """Let go of layers whose input needs no gradient too: DeepSpeed overlooks them, and ranks with text alone have one more of them."""
@@ -169,15 +167,15 @@ class ZeroEngine(Engine):
         return deepspeed().zero.GatheredParameters([parameter]) if self.stage == 3 else nullcontext()
 
     def _spread(self) -> nn.Module:
-        hidden = self.encoder.backbone.hidden
         if self.stage < 3:
-            return _Spread(hidden, [parameter for name, parameter in self.parameters.items() if name.startswith("encoder.")], [])
+            return _Spread([parameter for name, parameter in self.parameters.items() if name.startswith("encoder.")], [])
         from deepspeed.utils import set_z3_leaf_module
 
-        parts = find_units(self.encoder).parts
-        for part in parts:  # its weights come and go together: some layers read those of others, which then must be there
-            set_z3_leaf_module(part, True)
-        return _Spread(hidden, [], parts)
+        units = find_units(self.encoder)
+        check_backward(self.encoder, units, self.name)
+        for layer in units.parts:  # its weights come and go together: some modules read those of others, which then must be there
+            set_z3_leaf_module(layer, True)
+        return _Spread([], units.parts)
 
     def _stepped(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.replicated.items()
@@ -202,11 +200,7 @@ class ZeroEngine(Engine):
             "zero_optimization": {
                 "stage": self.stage,
                 "overlap_comm": False,
-                # A layer's weights come when it runs and go when it has run, on every rank alike. DeepSpeed can fetch ahead and keep by the
-                # order of layers that it saw before, but that order differs between first and second passes.
-                "stage3_prefetch_bucket_size": 0,
-                "stage3_max_reuse_distance": 0,
-                "stage3_param_persistence_threshold": 0,
+                "stage3_param_persistence_threshold": 0,  # small weights come and go with their layer too
                 "memory_efficient_linear": False,  # it replaces torch's linear layer, also under autocast, and rounds otherwise
             },
         }
