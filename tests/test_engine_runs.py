@@ -15,7 +15,8 @@ from tests.rank_runs import FULL, recipe_of, run_on_ranks, stop_at
 from tests.runs import final_bytes, start_run
 from vlm2vec import checkpoint, dist, io
 from vlm2vec.encoder import Encoder
-from vlm2vec.trainer import LOG, _batches, mixture_of
+from vlm2vec.feed import read_steps
+from vlm2vec.trainer import LOG, mixture_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,6 +91,6 @@ def test_any_number_of_processes_and_workers_reads_the_same_pairs(
     by_rank = []
     for rank in range(world):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        by_rank.append([batch.pair_ids for _, batches in _batches(recipe, mixture, encoder, 1, 4) for batch in batches])
+        by_rank.append([batch.pair_ids for _, batches in read_steps(recipe, mixture, encoder.processor, 1, 4) for batch in batches])
     found = [[name for ids in of_ranks for name in ids] for of_ranks in zip(*by_rank, strict=True)]
     assert found == [mixture.batch_ids(index) for index in range(2, 8)]
