@@ -8,7 +8,6 @@ beside tensors.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm2vec import io, log
 from vlm2vec.encoder import Encoder
-from vlm2vec.errors import CheckpointError, NonFiniteError
+from vlm2vec.errors import CheckpointError, EnvError, NonFiniteError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})$")
@@ -84,11 +83,12 @@ def restore(directory: Path, encoder: Encoder, loss: nn.Module, optimizer: torch
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; each loses its manifest first, so that a kill leaves nothing that looks whole."""
+    """Delete all but the `keep` newest checkpoints. One that the disk will not let go is left, and tried again after the next save."""
     for path in steps(run_dir)[:-keep]:
-        (path / "manifest.json").unlink(missing_ok=True)
-        io.fault("prune", path.name)
-        shutil.rmtree(path)
+        try:
+            io.unpublish(path)
+        except EnvError as error:
+            _logger.warning("%s; it stays for now", error)
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
