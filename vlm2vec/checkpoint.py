@@ -8,7 +8,6 @@ beside tensors.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -100,11 +99,12 @@ def restore(directory: Path, engine: Engine) -> int:
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; each loses its manifest first, so that a kill leaves nothing that looks whole."""
+    """Delete all but the `keep` newest checkpoints. One that the disk will not let go is left, and tried again after the next save."""
     for path in steps(run_dir)[:-keep]:
-        (path / "manifest.json").unlink(missing_ok=True)
-        io.fault("prune", path.name)
-        shutil.rmtree(path)
+        try:
+            io.unpublish(path)
+        except EnvError as error:
+            _logger.warning("%s; it stays for now", error)
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -7,7 +7,7 @@ The sections and their keys are in `schema`, the strict reading of YAML in `stri
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,13 @@ def model_options(given: Sequence[str]) -> dict[str, Any]:
     for key, problem in violations(section):
         raise RecipeError(f"{_locate(tree, key)}: {key} {problem}")
     return {name: getattr(section, name) for name in tree.value if name != "path"}
+
+
+def check_model(values: Mapping[str, Any], name: str) -> None:
+    """RecipeError unless `values`, read from a file called `name`, could stand in the `model` section of a recipe."""
+    section = build(ModelConfig, strict_yaml.parse(dump_plain({"path": "model", **values}).encode(), name, lines=False))
+    for key, problem in violations(section):
+        raise RecipeError(f"{name}: {key} {problem}")
 
 
 def dump(recipe: Recipe) -> str:

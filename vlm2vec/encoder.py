@@ -24,9 +24,9 @@ from vlm2vec.backbones import load_backbone, published, resolve
 from vlm2vec.backbones.base import FEATURE_OPTIONS, Backbone, Processor
 from vlm2vec.batch import featurize
 from vlm2vec.collate import Features, plan_chunks
-from vlm2vec.config import LoraConfig, ModelConfig
+from vlm2vec.config import LoraConfig, ModelConfig, check_model
 from vlm2vec.data.types import ImageRef, Item
-from vlm2vec.errors import AdapterError, InputError, ModelError
+from vlm2vec.errors import AdapterError, InputError, ModelError, RecipeError
 from vlm2vec.io import digest, read_json, write_json
 from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, check_tensors, load_adapter, save_adapter
 from vlm2vec.pooling import normalize, pool
@@ -334,15 +334,39 @@ def _settings(folder: Path, called: str | Path) -> dict[str, Any]:
     file = folder / SETTINGS
     if not file.exists():
         return published.settings(str(called))
-    settings = read_json(file)
+    settings = _object(file)
     if settings.get("format") != 1:
         raise ModelError(f"{file}: written in format {settings.get('format')}; this version reads format 1, upgrade vlm2vec")
+    _check_settings(settings, file)
     return settings
+
+
+def _object(file: Path) -> dict[str, Any]:
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: expected an object of settings, got {type(found).__name__}")
+    return found
+
+
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """Raise ModelError unless `settings` are what `save_pretrained` writes: a file from elsewhere must not turn on what only a user may."""
+    model = settings.get("model") or {}
+    strangers = sorted(model.keys() - set(SAVED_OPTIONS)) if isinstance(model, dict) else ["model"]
+    if strangers:
+        raise ModelError(f"{file}: {strangers[0]} is no setting that an encoder is saved with; those are {', '.join(SAVED_OPTIONS)}")
+    try:
+        check_model(model, str(file))
+    except RecipeError as error:
+        raise ModelError(str(error)) from error
+    base = settings.get("base") or {"path": ""}
+    texts = [settings.get(key, "") for key in ("query_instruction", "target_instruction")]
+    if not isinstance(base, dict) or not all(isinstance(text, str) for text in (*texts, base.get("path"), base.get("revision") or "")):
+        raise ModelError(f"{file}: base must name a path and a revision, and the instructions must be text; get the folder again")
 
 
 def _named_base(folder: Path) -> dict[str, Any]:
     """Base model named in a PEFT adapter that others made."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = _object(folder / ADAPTER_CONFIG)
     if not config.get("base_model_name_or_path"):
         raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model; give the base as path and this folder as adapter")
     return {"path": config["base_model_name_or_path"], "revision": config.get("revision")}

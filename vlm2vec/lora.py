@@ -107,7 +107,8 @@ def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
 def _adapter_config(directory: Path) -> PeftConfig:
     """The settings of an adapter. Raises AdapterError if they are not those of a LoRA."""
     file = directory / ADAPTER_CONFIG
-    kind = read_json(file).get("peft_type")
+    settings = read_json(file)
+    kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
     if kind != "LORA":
         raise AdapterError(f"{file}: peft_type is {kind!r}; only LORA adapters (with DoRA or rsLoRA) can be loaded")
     try:
@@ -132,7 +133,7 @@ def changes_nothing(adapter: PeftModel) -> bool:
 
 
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, called: Mapping[str, str] | None = None) -> None:
-    """Raise AdapterError unless `found` has exactly the names and shapes of `expected` and is finite throughout.
+    """Raise AdapterError unless `found` has exactly the names and shapes of `expected`, in finite floating-point numbers.
 
     `called` gives the names of found tensors as the file has them, where they differ.
     """
@@ -144,6 +145,8 @@ def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: P
             raise AdapterError(f"{label} is unexpected; the adapter was made for another model or its keys were renamed")
         if tensor.shape != expected[name].shape:
             raise AdapterError(f"{label} has shape {tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}")
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{label} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise AdapterError(f"{label} holds {bad} non-finite values; the file is damaged or the training diverged")

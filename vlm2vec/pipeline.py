@@ -66,10 +66,13 @@ def run(recipe: Recipe, fresh: bool = False) -> Done:
         if dist.is_main():
             prepare_run_dir(recipe, fresh)
         dist.barrier()
-        before = _results(recipe, suite, run_dir / BEFORE, lambda: load_encoder(recipe, None)) if recipe.evaluate.before else None
+        evaluating = "stopped while evaluating; what was embedded is kept, run the same command to go on"
+        with stop.cutting(evaluating):
+            before = _results(recipe, suite, run_dir / BEFORE, lambda: load_encoder(recipe, None)) if recipe.evaluate.before else None
         encoder = train(recipe, stop)
         _publish(encoder, recipe, run_dir / MODEL)
-        after = _results(recipe, suite, run_dir / AFTER, lambda: encoder) if recipe.evaluate.after else None
+        with stop.cutting(evaluating):
+            after = _results(recipe, suite, run_dir / AFTER, lambda: encoder) if recipe.evaluate.after else None
         report = _report(recipe, suite, before, after) if suite and after and dist.is_main() else {}
     return Done(run_dir / MODEL, before, after, report)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,6 +19,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
+        self._cut = ""
         self._previous: dict[int, Any] = {}
 
     @property
@@ -26,6 +29,17 @@ class StopSignal:
     def interrupted(self, message: str, number: int = 0) -> Interrupted:
         """The error to end with; its exit code is 128 + `number`, or that of the signal received here (SIGINT 130, SIGTERM 143)."""
         return Interrupted(message, number or self.number or signal.SIGTERM)
+
+    @contextmanager
+    def cutting(self, message: str) -> Iterator[None]:
+        """Inside, a signal raises Interrupted there and then: for work that loses nothing wherever it is cut."""
+        self._cut = message
+        try:
+            if self.requested:
+                raise self.interrupted(message)
+            yield
+        finally:
+            self._cut = ""
 
     def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._receive) for number in HANDLED}
@@ -39,3 +53,5 @@ class StopSignal:
         if self.number:
             os._exit(128 + number)
         self.number = number
+        if self._cut:
+            raise self.interrupted(self._cut)

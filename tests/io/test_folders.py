@@ -349,3 +349,15 @@ def test_damaged_manifest(tmp_path: Path, content: str | None, message: str) -> 
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ManifestError, match=message):
         io.verify_manifest(tmp_path)
+
+
+def test_a_published_folder_is_removed_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        with io.publishing(tmp_path / name) as staging:
+            (staging / "x").write_text(name)
+    io.unpublish(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setenv("VLM2VEC_FAULT", "prune:1:eio")
+    with pytest.raises(EnvError, match="cannot remove .*/b: Input/output error"):
+        io.unpublish(tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["x"]

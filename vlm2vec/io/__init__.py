@@ -18,7 +18,7 @@ from vlm2vec.io.files import (
     write_atomic,
     write_json,
 )
-from vlm2vec.io.folders import MANIFEST, publishing, verify_manifest
+from vlm2vec.io.folders import MANIFEST, publishing, unpublish, verify_manifest
 from vlm2vec.io.lock import run_lock
 from vlm2vec.io.paths import cache_folder, safe_join
 
@@ -36,6 +36,7 @@ __all__ = [
     "safe_join",
     "sha256_bytes",
     "sha256_file",
+    "unpublish",
     "verify_manifest",
     "write_atomic",
     "write_json",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.errors import InputError, ManifestError, PathError
+from vlm2vec.errors import EnvError, InputError, ManifestError, PathError
 from vlm2vec.io.disk import DiskErrors, fsync_path
 from vlm2vec.io.faults import fault
 from vlm2vec.io.files import read_json, sha256_file, write_json
@@ -61,6 +61,16 @@ def verify_manifest(directory: Path) -> None:
             raise ManifestError(f"{directory}: {name} has {size} bytes, expected {expected['bytes']}")
         if sha256_file(path) != expected["sha256"]:
             raise ManifestError(f"{directory}: {name} differs from its sha256 in {MANIFEST}")
+
+
+def unpublish(directory: Path) -> None:
+    """Remove a published folder, its manifest first, so that a kill leaves nothing that looks whole. Raises EnvError."""
+    try:
+        (directory / MANIFEST).unlink(missing_ok=True)
+        fault("prune", directory.name)
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise EnvError(f"cannot remove {directory}: {error.strerror or error}") from error
 
 
 def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
