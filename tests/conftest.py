@@ -41,24 +41,30 @@ def only_loopback() -> Iterator[None]:
     patch.undo()
 
 
+def start(function: Callable[..., object], *args: object) -> int:
+    """Run a function in a forked child; returns its process id. It exits with 0 if the function returned and with 70 if it raised."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            function(*args)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Exit code of a child, minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 @pytest.fixture
 def forked() -> Callable[..., int]:
-    """Run a function in a forked child; the result is its exit code, 0 if it returned, 70 if it raised, minus the signal that killed it."""
-
-    def run(function: Callable[..., object], *args: object) -> int:
-        pid = os.fork()
-        if pid == 0:
-            code = 70
-            try:
-                function(*args)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    return run
+    """Run a function in a forked child to its end; gives its exit code."""
+    return lambda function, *args: ended(start(function, *args))
 
 
 @pytest.fixture
