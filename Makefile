@@ -7,7 +7,9 @@ RECIPE ?= recipes/quickstart.yaml
 THREADS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) train.py
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-short test test-slow test-faults lint clean
+# one process, or PROCESSES of them with a GPU each
+EVAL = $(if $(PROCESSES),$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no --module vlm2vec,$(BIN)/vlm2vec)
+.PHONY: help install demo demo-short eval-mmeb test test-slow test-faults lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +32,10 @@ demo: install ## train, evaluate and report on the embedded benchmark (minutes, 
 	$(BIN)/vlm2vec data get mini
 	$(LAUNCH) $(RECIPE)
 
+eval-mmeb: install ## score MODEL=... on the 36 sets of MMEB (ROOT=folder of the data, SUITE=other suite, PROCESSES=8, ARGS="--limit 100")
+	@test -n "$(MODEL)" || { echo 'say which model: make eval-mmeb MODEL=TIGER-Lab/VLM2Vec-Qwen2VL-2B, or MODEL=runs/phi35_lora/model' >&2; exit 2; }
+	$(EVAL) eval $(MODEL) --suite $(or $(SUITE),mmeb) $(if $(ROOT),--root $(ROOT)) $(ARGS)
+
 test: install ## run the test suite (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults and not gpu"
 
@@ -44,4 +50,4 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove the virtual environment, caches and runs
-	rm -rf $(VENV) runs data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs results data build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +48,13 @@ class Compass:
     def fingerprint(self) -> str:
         return digest([self.model, self.settings])
 
-    def encode(self, items: Sequence[Item], **options: Any) -> torch.Tensor:
+    def stream(self, items: Sequence[Item], sizes: Sequence[int], **options: Any) -> Iterator[torch.Tensor]:
+        assert sum(sizes) == len(items)
+        rest = iter(items)
+        for size in sizes:
+            yield self.window([next(rest) for _ in range(size)])
+
+    def window(self, items: Sequence[Item]) -> torch.Tensor:
         self.encoded += items
         return torch.tensor(np.array([self.row(item) for item in items]), dtype=torch.float32)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from vlm2vec.cli import main, read_items
+from vlm2vec.cli import main
+from vlm2vec.commands.encode import read_items
 from vlm2vec.config import load_recipe
 from vlm2vec.errors import InputError
 
@@ -45,10 +46,12 @@ def test_every_recipe_runs_end_to_end_in_its_tiny_form(recipe: Path, tmp_path: P
     for name in ("recipe.yaml", "log.jsonl", "model/vlm2vec.json", "step-000006/manifest.json"):
         assert (tmp_path / name).exists(), name
     assert str(tmp_path / "model") in done.stdout
-    if load_recipe(recipe).evaluate.suite is None:
+    options = load_recipe(recipe).evaluate
+    if options.suite is None:
         return
-    for name in ("results-before.json", "results.json", "report.html", "report.md"):
+    for name in ("results.json", "report.html", "report.md"):
         assert (tmp_path / name).exists(), name
+    assert (tmp_path / "results-before.json").exists() == options.before
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["meta_task"] for row in results["sets"].values()} == {"classification", "vqa", "retrieval", "grounding"}
     assert "Overall, mean of sets" in done.stdout
@@ -105,6 +108,10 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pyt
         ),
         (["eval", "/no/such/model"], 2, "/no/such/model"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "minni"], 2, "minni"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "mmeb"], 2, "data/MMEB-eval does not exist; run vlm2vec data get mmeb-eval"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--subset", "TinyShape"], 2, "did you mean TinyShapes?"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--option", "positions=flta"], 2, "expected one of native, flat"),
+        (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--device", "gpu"], 2, "--device gpu: "),
         (["encode", "builtin/tiny-qwen2_vl", "/no/such.jsonl", "--to", "x"], 2, "/no/such.jsonl not found"),
     ],
 )

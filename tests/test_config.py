@@ -319,10 +319,10 @@ def test_tiny_shrinks_what_most_recipes_do_not_name(tmp_path: Path) -> None:
     text = edited("lora:", "  min_pixels: 100000\n  max_pixels: 200000\n  max_tokens: 40\n  resize: high\nlora:").replace(
         "weight: 2", "cap: 100"
     )
-    text += "  accumulate: 16\nrun: {trackers: [tensorboard]}\nevaluate: {bootstrap: 0}\n"
+    text += "  accumulate: 16\nrun: {trackers: [tensorboard]}\nevaluate: {before: true}\n"
     recipe = tiny(tmp_path, text=text)
     assert (recipe.model.min_pixels, recipe.model.max_pixels, recipe.model.max_tokens) == (56 * 56, 112 * 112, 40)
-    assert (recipe.train.accumulate, recipe.run.trackers, recipe.data.sources[1].cap, recipe.evaluate.bootstrap) == (2, (), 16, 0)
+    assert (recipe.train.accumulate, recipe.run.trackers, recipe.data.sources[1].cap, recipe.evaluate.before) == (2, (), 16, True)
     assert (recipe.model.resize, tiny(tmp_path).model.resize, tiny(tmp_path).model.max_tokens) == (64, None, 64)
 
 

@@ -7,21 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.ranks import fork_ranks
 from vlm2vec import dist
 from vlm2vec.errors import DataError, EnvError
 
 Ranks = Callable[..., None]
-
-
-@pytest.fixture
-def ranks() -> Ranks:
-    """Run a function as `world` processes of one group; fails unless all return."""
-
-    def run(function: Callable[[int], None], world: int = 2) -> None:
-        assert fork_ranks(function, world, seconds=20) == [0] * world
-
-    return run
 
 
 def test_without_a_group_there_is_one_rank() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.runs import tiny_recipe
+from vlm2vec.data.mixture import Mixture
+from vlm2vec.data.types import Pair
 from vlm2vec.plan import dry_run, memory, parameters_by_part
 from vlm2vec.trainer import load_encoder, mixture_of, total_steps
 
@@ -52,3 +54,21 @@ def test_the_plan_names_what_a_user_asks_for(tmp_path: Path) -> None:
         "image_to_text",
     ):
         assert words in plan, plan
+
+
+def test_it_looks_at_batches_all_over_the_run_and_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe = replace(recipe, train=replace(recipe.train, accumulate=2))
+    encoder, asked, pairs = load_encoder(recipe, None), [], Mixture.pairs
+
+    def noted(mixture: Mixture, index: int) -> list[Pair]:
+        asked.append(index)
+        return pairs(mixture, index)
+
+    monkeypatch.setattr(Mixture, "pairs", noted)
+    monkeypatch.setattr("PIL.Image.open", None)
+    plan = dry_run(recipe, encoder, mixture_of(recipe))
+    assert asked == [0, 3, 6, 9, 13, 16, 19, 23]
+    assert "what a batch holds, over 8 of 24" in plan
+    section = plan.split("sources per batch")[1].split("trainable parameters")[0].splitlines()
+    assert [line.split()[0] for line in section[2:]] == ["composed", "image_to_text", "text_to_image", "all"]

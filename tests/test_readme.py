@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm2vec.cli import _parse
+from vlm2vec.cli import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def test_every_command_is_one_that_exists(command: str) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
         return
     words = ["train", *words[words.index("train.py") + 1 :]] if words[0] == "accelerate" else words[1:]
-    arguments = _parse(words)
+    arguments = parse(words)
     assert arguments.command != "train" or (ROOT / arguments.recipe).is_file()
 
 

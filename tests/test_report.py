@@ -77,20 +77,24 @@ def results(column: int = 2) -> dict[str, Any]:
         score = row[column]
         interval = [max(0.0, score - 0.03), min(1.0, score + 0.03)]
         sets[name] = {"meta_task": row[0], "split": row[1], "metric": "precision@1", "score": score, "interval": interval, "chance": row[4]}
-        sets[name] |= {"n": 600, "candidates": 1000, "ties": 3, "examples": examples()}
+        sets[name] |= {"n": 600, "candidates": 1000, "ties": 3, "metrics": {"hit@1": score, "mrr@10": min(1.0, score + 0.1)}}
     mean = {"score": 0.5, "interval": [0.48, 0.52]} if column == 2 else {"score": 0.04, "interval": [0.03, 0.05]}
     means = dict.fromkeys(("classification", "vqa", "retrieval", "IND", "OOD", "overall", "macro"), mean)
     return {
-        "format": 1,
+        "format": 2,
         "suite": "mini",
         "description": f"Not MMEB. {EVIL}\n\nSecond paragraph.",
         "protocol": {"ties": "pessimistic", "bootstrap": 1000},
         "protocol_digest": "cafe" * 16,
-        "model": {"path": f"runs/{EVIL}", "fingerprint": "feed" * 16, "recipe_digest": None},
+        "model": {"path": f"runs/{EVIL}", "fingerprint": "feed" * 16, "recipe_digest": None, "dims": 512},
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
         "sets": sets,
         "means": means,
+        "grid": [],
         "missing": [],
+        "warnings": [],
+        "examples": {name: examples() for name in SETS},
+        "timing": {"encode_seconds": 9.5, "sets": {"Groceries": 1.0, "NameToIcon": 7.25}},
     }
 
 
@@ -198,7 +202,7 @@ def test_hits_misses_and_gold_are_marked_by_words(page: Page) -> None:
 
 
 def test_table_has_caption_and_scopes(page: Page) -> None:
-    assert len(page.all("caption")) == 1
+    assert len(page.all("caption")) == 2  # scores, other metrics
     assert {attributes.get("scope") for attributes in page.all("th")} == {"col", "row"}
     boxes = [attributes for attributes in page.all("div") if attributes.get("class") == "scroll"]
     assert boxes[0]["tabindex"] == "0" and boxes[0]["role"] == "region" and boxes[0]["aria-label"]
@@ -206,16 +210,21 @@ def test_table_has_caption_and_scopes(page: Page) -> None:
 
 def test_gold_out_of_sight_is_shown_when_the_results_hold_it() -> None:
     after = results()
-    after["sets"]["Groceries"]["examples"][1]["gold"] = item("the right answer")
+    after["examples"]["Groceries"][1]["gold"] = item("the right answer")
     assert "the right answer" in Page(render(after)).text
 
 
 def test_a_report_of_nothing_but_scores_stands() -> None:
     after = results()
     for entry in after["sets"].values():
-        entry |= {"examples": [], "interval": None, "chance": None}
+        entry |= {"interval": None, "chance": None, "metrics": {}}
     missing = [{"name": "Atlas", "problems": ["no such file"]}]
-    after |= {"missing": missing, "means": {key: {"score": None, "interval": None} for key in after["means"]}, "description": ""}
+    after |= {
+        "missing": missing,
+        "examples": {},
+        "means": {key: {"score": None, "interval": None} for key in after["means"]},
+        "description": "",
+    }
     text = "".join(Page(render(after, None, [])).text)
     assert "missing or broken: Atlas" in text and "4 sets were evaluated. Means are withheld" in text
     assert "Training" not in text and "What it retrieved" not in text
@@ -251,8 +260,8 @@ def test_a_set_without_a_before_has_a_dash() -> None:
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_unknown_format_is_refused(which: int) -> None:
     pair = [results(), results(3)]
-    pair[which]["format"] = 2
-    with pytest.raises(InputError, match="format 2 found, 1 expected"):
+    pair[which]["format"] = 1
+    with pytest.raises(InputError, match="format 1 found, 2 expected"):
         table(*pair)
 
 
@@ -378,10 +387,9 @@ def test_a_page_with_many_pictures_stays_small(pictures: Path) -> None:
     after = results()
     for index in range(60):
         after["sets"][f"set {index}"] = copy.deepcopy(after["sets"]["Groceries"])
-        for example in after["sets"][f"set {index}"]["examples"] * 4:
-            for found in example["retrieved"]:
-                found["image"] = "b.png"
-        after["sets"][f"set {index}"]["examples"] *= 4
+        shown = after["examples"][f"set {index}"] = examples() * 4
+        for found in (found for example in shown for found in example["retrieved"]):
+            found["image"] = "b.png"
     assert len(render(after, None, log(20000), None, pictures)) < 4_000_000
 
 
@@ -393,9 +401,10 @@ def test_colours_have_contrast(scheme: str) -> None:
     for ground in ("paper", "card"):
         for ink in ("ink", "soft", "link", "hit", "miss"):
             assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
-        for mark in ("after", "before", "chance", "gold"):
+        for mark in ("after", "before", "chance", "gold", "best"):
             assert contrast(colours[mark], colours[ground]) >= 3.0, (mark, ground)
     assert contrast(colours["gold-ink"], colours["gold-paper"]) >= 4.5
+    assert min(contrast(colours[ink], colours["own"]) for ink in ("ink", "soft")) >= 4.5
 
 
 def contrast(first: str, second: str) -> float:

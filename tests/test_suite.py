@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,29 @@ def test_only_some_sets(here: Path) -> None:
     assert [spec.name for spec in suite.only(["two", "one"]).sets] == ["one", "two"]
     with pytest.raises(DataError, match="suite demo has no set 'tow'; did you mean two"):
         suite.only(["tow"])
+
+
+def test_a_fact_without_its_source_and_a_set_without_its_training_set(here: Path) -> None:
+    file = here / "benchmarks/demo/datasets.yaml"
+    for found, wanted, problem in (
+        ("licence: MIT", "licence: MIT\n    known: {counts: hearsay}", "two.*known.counts names 'hearsay', which is none of the sources"),
+        ("licence: MIT", "licence: MIT\n    metric: hit", "two.*unknown metric 'hit'; expected hit,"),
+        ("licence: MIT", "licence: MIT\n    train: tree", "two.*train names 'tree', which is no training set"),
+    ):
+        file.write_text(GOOD.replace(found, wanted))
+        with pytest.raises(DataError, match=problem):
+            load_suite("demo")
+
+
+def test_mmeb_is_what_the_paper_says() -> None:
+    suite = load_suite("mmeb")
+    sizes = Counter(spec.meta_task for spec in suite.sets)
+    assert sizes == {"classification": 10, "vqa": 10, "retrieval": 12, "grounding": 4}
+    assert Counter(spec.split for spec in suite.sets) == {"IND": 20, "OOD": 16}
+    assert {spec.train for spec in suite.sets if spec.split == "IND"} == {spec.name for spec in suite.train}
+    assert all(spec.train is None for spec in suite.sets if spec.split == "OOD") and len(suite.train) == 20
+    fewer = {spec.name: spec.candidates for spec in suite.sets if spec.candidates != 1000}
+    assert fewer == {"N24News": 24, "HatefulMemes": 2, "VOC2007": 20, "SUN397": 397, "Place365": 365, "ImageNet-R": 200, "ObjectNet": 113,
+                     "Country211": 211}  # fmt: skip
+    assert {spec.queries for spec in suite.sets} == {1000} and all(spec.known.counts and spec.known.prompts for spec in suite.sets)
+    assert [spec.name for spec in suite.train if spec.name not in [other.name for other in suite.sets]] == ["ImageNet_1K"]

@@ -27,7 +27,7 @@ from safetensors.numpy import save
 from vlm2vec import prompts
 from vlm2vec.data import images
 from vlm2vec.data.types import Item
-from vlm2vec.errors import InputError
+from vlm2vec.errors import EnvError, InputError
 from vlm2vec.io import digest, read_json, sha256_bytes, sha256_file, write_atomic, write_json
 from vlm2vec.log import get_logger
 
@@ -84,7 +84,10 @@ class EmbeddingCache:
         return [key for key in keys if key not in self._places]
 
     def get(self, keys: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """`(found, rows)`: found (N,) bool and rows (N, D) float32, zero where nothing was found; D is 0 when nothing was."""
+        """`(found, rows)`: found (N,) bool and rows (N, D) float32, zero where nothing was found; D is 0 when nothing was.
+
+        Raises `EnvError` when shards disagree about D.
+        """
         wanted: dict[str, list[int]] = {}
         for index, key in enumerate(keys):
             if key in self._places:
@@ -97,6 +100,9 @@ class EmbeddingCache:
                 continue
             if not rows.shape[1]:
                 rows = np.zeros((len(keys), values.shape[1]), dtype=np.float32)
+            if values.shape[1] != rows.shape[1]:
+                widths = f"{rows.shape[1]} and of {values.shape[1]}"
+                raise EnvError(f"{self.directory} holds embeddings of {widths} dimensions for one model; move that folder away, run again")
             rows[indices] = values[[self._places[keys[index]].row for index in indices]]
             found[indices] = True
         return found, rows

@@ -46,6 +46,7 @@ __all__ = [
     "differences",
     "dump",
     "load_recipe",
+    "model_options",
     "parse_recipe",
     "reference",
     "shrink",
@@ -69,6 +70,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), tiny: bool = Fa
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """The checked recipe in `text`, as `dump` wrote it; no `base:`. `name` is what errors call the text."""
     return _assemble(strict_yaml.parse(text.encode("utf-8", "surrogateescape"), name))
+
+
+def model_options(given: Sequence[str]) -> dict[str, Any]:
+    """The values of texts such as "positions=flat", keys of the `model` section, typed and checked as in a recipe."""
+    tree = _layer(Node({"path": Node("model", "")}, ""), [_override(text) for text in given])
+    section = build(ModelConfig, tree)
+    for key, problem in violations(section):
+        raise RecipeError(f"{_locate(tree, key)}: {key} {problem}")
+    return {name: getattr(section, name) for name in tree.value if name != "path"}
 
 
 def dump(recipe: Recipe) -> str:
@@ -198,7 +208,7 @@ def _shrink_model(model: ModelConfig) -> ModelConfig:
 
 
 def _shrink_data(data: DataConfig) -> DataConfig:
-    sources = tuple(SourceConfig(name=source.name, weight=source.weight, cap=source.cap and min(source.cap, 16)) for source in data.sources)
+    sources = tuple(replace(source, path=None, split="original", cap=source.cap and min(source.cap, 16)) for source in data.sources)
     block = next(size for size in (4, 2, 1, 0) if size <= data.block)  # a divisor of the tiny global batch
     return DataConfig(root="builtin/tiny", sources=sources, block=block, workers=0)
 
@@ -210,4 +220,4 @@ def _shrink_train(train: TrainConfig) -> TrainConfig:
 
 def _shrink_evaluate(evaluate: EvaluateConfig) -> EvaluateConfig:
     suite = evaluate.suite and "builtin/tiny"
-    return replace(evaluate, suite=suite, root=None, limit=4, chunk_tokens=256, bootstrap=min(evaluate.bootstrap, 20))
+    return replace(evaluate, suite=suite, root=None, limit=4, chunk_tokens=256)

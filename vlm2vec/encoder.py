@@ -34,7 +34,7 @@ from vlm2vec.pooling import normalize, pool
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
 SAVED_OPTIONS = ("pooling", "padding_side", *FEATURE_OPTIONS)
-WINDOW = 1024  # items whose features are held at once while encoding
+WINDOW = 1024  # items whose features `encode` holds at once
 
 logger = log.get_logger(__name__)
 
@@ -88,6 +88,10 @@ class _Featurizer(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Features:
         return featurize(self.processor, self.items[index])
+
+
+def _as_is(features: Any) -> Any:
+    return features
 
 
 class Encoder:
@@ -271,9 +275,26 @@ class Encoder:
         distinct = list({item.key: item for item in made}.values())
         if not distinct:
             return torch.zeros((0, self.backbone.hidden_size))
-        rows = torch.cat([rows for rows in self._windows(distinct, chunk_tokens, workers, progress)])
+        windows = [min(WINDOW, len(distinct) - start) for start in range(0, len(distinct), WINDOW)]
+        rows = []
+        with log.progress(len(distinct), "encoding", "item", enabled=None if progress else False) as bar:
+            for window_ND in self.stream(distinct, windows, chunk_tokens=chunk_tokens, workers=workers):
+                rows.append(window_ND)
+                bar.update(len(window_ND))
         position = {item.key: index for index, item in enumerate(distinct)}
-        return rows[[position[item.key] for item in made]]
+        return torch.cat(rows)[[position[item.key] for item in made]]
+
+    @torch.no_grad()
+    def stream(self, items: Sequence[Item], sizes: Sequence[int], *, chunk_tokens: int = 32768, workers: int = 0) -> Iterator[Tensor]:
+        """Embeddings of consecutive windows of `items`, of `sizes` items each: (size, D) float32 on the CPU, one window held at a time.
+
+        What a window gives depends on its own items and `chunk_tokens` only. `workers` processes decode and tokenize ahead, across windows.
+        """
+        loader = DataLoader(_Featurizer(self.processor, items), batch_size=None, num_workers=workers, collate_fn=_as_is)
+        features = iter(loader)
+        with _evaluating(self.model):
+            for size in sizes:
+                yield self._encode_window([next(features) for _ in range(size)], chunk_tokens)
 
     def encode_query(self, items: Sequence[ItemLike], **options: Any) -> Tensor:
         """`encode` with the query instruction that the model was saved with, where an item brings none."""
@@ -287,14 +308,6 @@ class Encoder:
     def similarity(query_BD: Tensor, target_ND: Tensor) -> Tensor:
         """Cosine similarity (B, N) of unit rows, in float32."""
         return query_BD.float() @ target_ND.float().T
-
-    def _windows(self, items: Sequence[Item], chunk_tokens: int, workers: int, progress: bool) -> Iterator[Tensor]:
-        """Embeddings of `items`, WINDOW at a time, so that memory does not grow with their number."""
-        loader = DataLoader(_Featurizer(self.processor, items), batch_size=WINDOW, num_workers=workers, collate_fn=list, shuffle=False)
-        with _evaluating(self.model), log.progress(len(items), "encoding", "item", enabled=None if progress else False) as bar:
-            for window in loader:
-                yield self._encode_window(window, chunk_tokens)
-                bar.update(len(window))
 
     def _encode_window(self, window: list[Features], chunk_tokens: int) -> Tensor:
         rows = torch.empty((len(window), self.backbone.hidden_size))

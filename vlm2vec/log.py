@@ -33,10 +33,15 @@ def setup(level: str = "info") -> None:
     logger.setLevel(level.upper())
 
 
-def progress(total: int | None, desc: str, unit: str = "it", initial: int = 0, enabled: bool | None = None) -> tqdm[Any]:
-    """A progress bar on standard error of the main rank. `enabled` None shows it on a terminal only, True always, False never."""
-    wanted = sys.stderr.isatty() if enabled is None else enabled
-    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not (wanted and dist.is_main()), dynamic_ncols=True)
+def progress(
+    total: int | None, desc: str, unit: str = "it", initial: int = 0, enabled: bool | None = None, leave: bool = True
+) -> tqdm[Any]:
+    """A progress bar on standard error of the main rank. `enabled` None shows it on a terminal only, True always, False never.
+
+    A bar that does not `leave` vanishes when it is done; a bar opened inside another stands below it.
+    """
+    shown = (sys.stderr.isatty() if enabled is None else enabled) and dist.is_main()
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not shown, leave=leave, dynamic_ncols=True)
 
 
 class _Handler(logging.Handler):

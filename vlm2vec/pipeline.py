@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from vlm2vec import dist, io
+from vlm2vec import dist, io, standings
 from vlm2vec.config import Recipe, dump
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import launch
 from vlm2vec.engines.together import ending_together
+from vlm2vec.evalsets import require_data
 from vlm2vec.evaluate import evaluate
 from vlm2vec.report import table, write_report
 from vlm2vec.signals import StopSignal
@@ -60,6 +61,8 @@ def run(recipe: Recipe, fresh: bool = False) -> Done:
     run_dir = Path(recipe.run.dir)
     with ending_together(), io.run_lock(run_dir) if dist.is_main() else nullcontext(), StopSignal() as stop:
         suite = load_suite(recipe.evaluate.suite, recipe.evaluate.root) if recipe.evaluate.suite else None
+        if suite:
+            require_data(suite)  # said now rather than after the last step
         if dist.is_main():
             prepare_run_dir(recipe, fresh)
         dist.barrier()
@@ -87,21 +90,20 @@ def _results(recipe: Recipe, suite: Suite | None, file: Path, encoder: Callable[
     if file.exists():
         return io.read_json(file)
     options = recipe.evaluate
-    results = evaluate(
+    evaluation = evaluate(
         encoder().to("cuda" if torch.cuda.is_available() else "cpu"),
         suite,
         file.parent / "cache",
         limit=options.limit,
-        ties=options.ties,
-        bootstrap=options.bootstrap,
+        protocol=options.protocol,
         chunk_tokens=options.chunk_tokens,
         recipe_digest=recipe.digest,
     )
     if dist.is_main():
-        io.write_json(file, results)
-    return results
+        evaluation.write(file)
+    return evaluation.results
 
 
 def _report(recipe: Recipe, suite: Suite, before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Path]:
     run_dir = Path(recipe.run.dir)
-    return write_report(run_dir, after, before, io.read_jsonl(run_dir / LOG), dump(recipe), suite.root)
+    return write_report(run_dir, after, before, io.read_jsonl(run_dir / LOG), dump(recipe), suite.root, standings.load(suite))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm2vec.composition import compose
 from vlm2vec.config import Recipe
 from vlm2vec.data.mixture import Mixture
 from vlm2vec.encoder import Encoder
@@ -15,6 +16,7 @@ from vlm2vec.trainer import total_steps
 
 GIB = 1024**3
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SAMPLED = 8  # global batches whose texts are looked at
 
 
 def parameters_by_part(encoder: Encoder) -> dict[str, tuple[int, int]]:
@@ -58,7 +60,7 @@ def memory(encoder: Encoder, recipe: Recipe, world_size: int) -> dict[str, float
 
 
 def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int = 1) -> str:
-    """The plan as text: data mix, batch, chunks, negatives per query, trainable parameters by part, memory."""
+    """The plan as text: data mix, batch, chunks, negatives per query, what some batches hold, trainable parameters by part, memory."""
     steps, batch = total_steps(recipe, mixture), recipe.train.global_batch
     pairs = steps * batch * recipe.train.accumulate
     sections = [
@@ -83,6 +85,7 @@ def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int 
                 ("steps", f"{steps} = {pairs} pairs = {pairs / len(mixture):.2f} epochs of {len(mixture)}"),
             ],
         ),
+        *_batches(recipe, mixture, steps * recipe.train.accumulate),
         (
             "trainable parameters",
             [(part, f"{trained:,} of {total:,}") for part, (trained, total) in sorted(parameters_by_part(encoder).items())],
@@ -90,6 +93,15 @@ def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int 
         ("memory per device, estimated", _memory_rows(memory(encoder, recipe, world_size))),
     ]
     return "\n".join(_section(title, rows) for title, rows in sections)
+
+
+def _batches(recipe: Recipe, mixture: Mixture, count: int) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The section on what batches hold: a few of them, evenly over the run."""
+    indices = sorted({index * (count - 1) // max(1, SAMPLED - 1) for index in range(SAMPLED)})
+    found = compose((mixture.pairs(index) for index in indices), recipe.loss)
+    fewest, most = found.sources
+    title = f"what a batch holds, over {found.batches} of {count} (floors and start are losses; naive: equal positives as negatives)"
+    return [(title, [("sources per batch", f"{fewest} to {most}"), *found.lines()])]
 
 
 def _source_line(row: dict[str, Any]) -> str:

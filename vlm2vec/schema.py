@@ -120,6 +120,7 @@ class SourceConfig:
     split: str = _key("split to read", "original")
     weight: float | None = _key("share in the mixture, relative to the others; null means its number of rows", None, ">= 0")
     cap: int | None = _key("use at most this many rows; null means all", None, ">= 1")
+    take: Literal["random", "first"] = _key("which rows a cap keeps", "random")
 
     def rules(self) -> Iterator[Violation]:
         """What holds between the keys of this section."""
@@ -209,8 +210,7 @@ class EvaluateConfig:
     after: bool = _key("evaluate after the last step", True)
     limit: int | None = _key("queries per set; null means all", None, ">= 1")
     chunk_tokens: int = _key("padded tokens encoded at once", 32768, "> 0")
-    ties: Literal["pessimistic", "reference"] = _key("who wins equal scores: the others, or the lowest index", "pessimistic")
-    bootstrap: int = _key("resamples for the confidence intervals; 0 means none", 1000, ">= 0")
+    protocol: Literal["strict", "reference"] = _key("strict: a tie is a miss; reference: the choices of VLM2Vec's own evaluation", "strict")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from vlm2vec import metrics
 from vlm2vec.data.tiny import TINY_ROOT, tiny_root
-from vlm2vec.errors import DataError, RecipeError
+from vlm2vec.errors import DataError, InputError, RecipeError
 from vlm2vec.io import sha256_bytes
 from vlm2vec.strict_yaml import build, nearest, parse
 
@@ -91,11 +92,12 @@ class _Sheet:
     sets: tuple[SetSpec, ...]
     train: tuple[TrainSpec, ...] = ()
     sources: tuple[Origin, ...] = ()
+    get: str = ""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark and the folder its data lie in. `digest` is the sha256 of its `datasets.yaml`."""
+    """A benchmark and the folder its data lie in. `digest` is the sha256 of its `datasets.yaml`, `get` the command that brings the data."""
 
     name: str
     description: str
@@ -103,6 +105,7 @@ class Suite:
     sets: tuple[SetSpec, ...]
     train: tuple[TrainSpec, ...]
     digest: str
+    get: str = ""
 
     def only(self, names: Sequence[str]) -> Suite:
         """The same suite reduced to the named sets, in the suite's own order. Raises DataError for a name it does not have."""
@@ -127,7 +130,9 @@ def load_suite(name_or_path: str | Path, root: str | Path | None = None) -> Suit
         raise DataError(str(error)) from None
     for problem in _violations(sheet):
         raise DataError(f"{file}: {problem}")
-    return Suite(sheet.suite, sheet.description, Path(root or _data_root(file, sheet)), sheet.sets, sheet.train, sha256_bytes(data))
+    return Suite(
+        sheet.suite, sheet.description, Path(root or _data_root(file, sheet)), sheet.sets, sheet.train, sha256_bytes(data), sheet.get
+    )
 
 
 def _data_root(file: Path, sheet: _Sheet) -> Path:
@@ -149,7 +154,17 @@ def _violations(sheet: _Sheet) -> Iterable[str]:
             path = PurePosixPath(row.path)
             if not row.path or path.is_absolute() or ".." in path.parts:
                 yield f"{place}: path {row.path!r} must be a folder below the data root"
+            for fact, origin in dataclasses.asdict(row.known).items():
+                if origin is not None and origin not in [source.name for source in sheet.sources]:
+                    yield f"{place}: known.{fact} names {origin!r}, which is none of the sources"
+    trained = [spec.name for spec in sheet.train]
     for index, spec in enumerate(sheet.sets):
+        if spec.train is not None and spec.train not in trained:
+            yield f"sets[{index}] ({spec.name}): train names {spec.train!r}, which is no training set"
+        try:
+            metrics.parse(spec.metric)
+        except InputError as error:
+            yield f"sets[{index}] ({spec.name}): {error}"
         for count in ("queries", "candidates"):
             if getattr(spec, count) < 1:
                 yield f"sets[{index}] ({spec.name}): {count} must be >= 1, got {getattr(spec, count)}"

@@ -130,6 +130,12 @@ def test_negatives_only_when_the_loss_uses_them(root: Path) -> None:
     assert all(pair.negatives == () for pair in mix(root, negatives=False).pairs(0))
 
 
+def test_the_rows_that_a_cap_keeps(root: Path) -> None:
+    first = mix(root, [SourceConfig(name="CIRR", cap=8, take="first")])
+    assert sorted(first.batch_ids(0)) == [f"CIRR:{row}" for row in range(8)]
+    assert sorted(mix(root, [SourceConfig(name="CIRR", cap=8)]).batch_ids(0)) != sorted(first.batch_ids(0))
+
+
 def test_table(root: Path) -> None:
     weighted = [SourceConfig(name="WebQA", weight=50.0), SourceConfig(name="MSCOCO", weight=0.0)]
     assert mix(root, [SourceConfig(name="pairs", path="CIRR", cap=50), *weighted]).table() == [

@@ -99,7 +99,7 @@ def load_image(ref: ImageRef, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        _refuse_unknown(data, ref.label)
+        _refuse_unknown(data, ref.label, len(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"\d+", str(error))
         count = f"{int(found[0]):,}" if found else "too many"
@@ -108,6 +108,17 @@ def load_image(ref: ImageRef, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
         raise ImageError(f"{ref.label}: image file is truncated or damaged ({error})") from error
     with image:
         return _pixels(image, ref.label, limits)
+
+
+def sniff(file: Path, label: str) -> None:
+    """Raise ImageError if the first bytes of a file show that `load_image` could not read it; nothing is decoded."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(1024)
+    except OSError as error:
+        raise ImageError(f"{label}: {file} cannot be read: {error.strerror}") from error
+    if not head.startswith(_READABLE):
+        _refuse_unknown(head, label, file.stat().st_size)
 
 
 def content_key(ref: ImageRef) -> str:
@@ -297,7 +308,8 @@ _SIGNATURES = (
 _READABLE = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 
 
-def _refuse_unknown(data: bytes, label: str) -> NoReturn:
+def _refuse_unknown(data: bytes, label: str, size: int) -> NoReturn:
+    """`data` are the first bytes at least, `size` is the number of all."""
     if not data:
         raise ImageError(f"{label}: not an image (the file is empty)")
     for offset, signature, name in _SIGNATURES:
@@ -305,7 +317,7 @@ def _refuse_unknown(data: bytes, label: str) -> NoReturn:
             raise ImageError(f"{label}: not a readable image (looks like {name}); readable are {', '.join(FORMATS)}")
     if data.startswith(_READABLE):
         raise ImageError(f"{label}: image file is truncated or damaged (its header cannot be read)")
-    raise ImageError(f"{label}: not an image (looks like {_kind_of_text(data[:1024])}, {len(data):,} bytes)")
+    raise ImageError(f"{label}: not an image (looks like {_kind_of_text(data[:1024])}, {size:,} bytes)")
 
 
 def _kind_of_text(head: bytes) -> str:

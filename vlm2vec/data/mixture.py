@@ -76,7 +76,7 @@ def build_mixture(data: DataConfig, loss_uses_negatives: bool, global_batch: int
     folders = [source.path or source.name for source in data.sources]
     root = tiny_root(folders) if data.root == TINY_ROOT else Path(data.root)
     sources = tuple(
-        read_train(root, source.name, folder, source.split, source.cap, seed, loss_uses_negatives)
+        read_train(root, source.name, folder, source.split, source.cap, seed, loss_uses_negatives, source.take)
         for source, folder in zip(data.sources, folders, strict=True)
     )
     order = Order(

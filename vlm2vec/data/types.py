@@ -1,4 +1,4 @@
-"""What flows from the readers to the backbones: pictures by reference, items and pairs. Nothing here decodes or tokenizes."""
+"""What flows from the readers to the backbones: pictures by reference, items, pairs, evaluation sets. Nothing here decodes or tokenizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from vlm2vec.io import digest
@@ -63,3 +65,22 @@ class Pair:
     query: Item
     positive: Item
     negatives: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class EvalSet:
+    """Queries and their candidates; each distinct candidate is there once, in order of first appearance.
+
+    Query q has the candidates `[candidates[index] for index in candidates_QM[q]]`, in the order of the data, or all of them where
+    `candidates_QM` is None (one corpus for all). Of those, `relevant_QR[q]` are right: distinct, at least one, each of a grade above 0 in
+    `grades_QR[q]`, 1 where the data know no grades. A candidate equal to a relevant one has its index, so that retrieving it is a hit.
+    `duplicates` counts repeats within a query's list. Rows may differ in length.
+    """
+
+    name: str
+    queries: list[Item]
+    candidates: list[Item]
+    candidates_QM: list[NDArray[np.int32]] | None
+    relevant_QR: list[NDArray[np.int32]]
+    grades_QR: list[NDArray[np.float32]]
+    duplicates: int = 0

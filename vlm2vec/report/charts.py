@@ -157,12 +157,17 @@ def _description(lines: Sequence[Series], name: str, show: Callable[[float], str
 
 
 def track(row: Row) -> Markup:
-    """One row of the forest plot from 0 to 100 %: before above, after below, chance as a tick. The numbers stand beside it as text."""
+    """One row of the forest plot from 0 to 100 %: before above, after below, chance dashed, the best published score as a bar.
+
+    The numbers stand beside it as text.
+    """
     is_mean = not row.details
     middle = "50%" if row.before is None else "67%"
     parts = [el("line", x1=f"{mark}%", x2=f"{mark}%", y1="0", y2="100%", class_="grid") for mark in (0, 25, 50, 75, 100)]
     if row.chance is not None:
         parts.append(el("line", x1=_x(row.chance), x2=_x(row.chance), y1="12%", y2="88%", class_="chance"))
+    if row.best is not None:
+        parts.append(el("svg", el("path", d="M0 -8V8", class_="best"), x=_x(row.best.score), y=middle, overflow="visible"))
     parts += [mark for mark in (_mark(row.before, "33%", "before", is_mean), _mark(row.after, middle, "after", is_mean)) if mark]
     return el("svg", *parts, class_="track", aria_hidden="true", focusable="false")
 

@@ -26,17 +26,21 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Shared:
-    """What the examples of one set have in common: the thumbnails by path, and the words all queries or all candidates begin with."""
+    """What the examples of one set have in common: the thumbnails by path, and the words all queries or all candidates begin with.
+
+    `whole` names the side, query or candidate, of which these words are all there is.
+    """
 
     pictures: Mapping[str, Thumbnail]
     query_lead: str
     target_lead: str
+    whole: frozenset[str] = frozenset()
 
 
 def pictures_of(results: Mapping[str, Any]) -> Iterator[str]:
     """The path of every picture the gallery shows, as often as it is shown."""
-    for entry in results["sets"].values():
-        for example in entry["examples"]:
+    for examples in results.get("examples", {}).values():
+        for example in examples:
             yield from (item["image"] for item in (example["query"], *_targets(example)) if item.get("image"))
 
 
@@ -55,7 +59,7 @@ def gallery(groups: Sequence[Group], pictures: Mapping[str, Thumbnail], anchors:
 
 
 def _group(group: Group, pictures: Mapping[str, Thumbnail], anchors: Mapping[str, str]) -> Iterator[Markup]:
-    rows = [row for row in group.sets if row.details.get("examples")]
+    rows = [row for row in group.sets if row.examples]
     if rows:
         yield el("h3", group.mean.title)
     for row in rows:
@@ -63,16 +67,34 @@ def _group(group: Group, pictures: Mapping[str, Thumbnail], anchors: Mapping[str
 
 
 def _set(row: Row, pictures: Mapping[str, Thumbnail], anchor: str, unfolded: bool) -> Markup:
-    examples = row.details["examples"]
+    shared = share(row.examples, pictures)
+    score = f"{percent(row.after.value)} %" if row.after else "not measured"
+    return folding(
+        row.title,
+        f"{row.details['split']} · {score}",
+        shared,
+        [_column("Hits", True, row.examples, shared), _column("Misses", False, row.examples, shared)],
+        anchor,
+        unfolded,
+    )
+
+
+def share(examples: Sequence[Example], pictures: Mapping[str, Thumbnail]) -> Shared:
+    """What can be said once for all these examples."""
     queries = [shown_text(example["query"]) for example in examples]
     targets = [shown_text(item) for example in examples for item in _targets(example)]
-    shared = Shared(pictures, lead(queries), lead(targets))
-    score = f"{percent(row.after.value)} %" if row.after else "not measured"
+    same = {"query": set(queries) == {lead(queries)}, "candidate": set(targets) == {lead(targets)}}
+    return Shared(pictures, lead(queries), lead(targets), frozenset(who for who, all_of_it in same.items() if all_of_it))
+
+
+def folding(title: str, remark: str, shared: Shared, columns: Sequence[Markup], anchor: str | None, unfolded: bool) -> Markup:
+    """One set of the gallery, to be folded: what all its queries begin with, above columns of cards."""
+    leads = [_lead_line("query", shared.query_lead, shared), _lead_line("candidate", shared.target_lead, shared)]
     return el(
         "details",
-        el("summary", el("h4", row.title), el("span", f"{row.details['split']} · {score}", class_="soft")),
-        el("div", _lead_line("query", shared.query_lead, queries), _lead_line("candidate", shared.target_lead, targets), class_="leads"),
-        el("div", _column("Hits", True, examples, shared), _column("Misses", False, examples, shared), class_="columns"),
+        el("summary", el("h4", title), el("span", remark, class_="soft")),
+        el("div", *leads, class_="leads"),
+        el("div", *columns, class_="columns"),
         class_="set",
         id=anchor,
         open=True if unfolded else None,
@@ -85,10 +107,10 @@ def _column(word: str, hit: bool, examples: Sequence[Example], shared: Shared) -
     return el("div", *(cards or [none]), class_="column", role="group", aria_label=word)
 
 
-def _lead_line(who: str, words: str, texts: Sequence[str]) -> Markup | None:
+def _lead_line(who: str, words: str, shared: Shared) -> Markup | None:
     if not words:
         return None
-    verb = "reads" if set(texts) == {words} else "begins"
+    verb = "reads" if who in shared.whole else "begins"
     return el("p", el("span", f"Every {who} {verb}:", class_="soft"), " ", el("q", shorten(words.strip()), dir="auto"))
 
 
@@ -106,23 +128,34 @@ def lead(texts: Sequence[str]) -> str:
 
 
 def _example(example: Example, shared: Shared) -> Markup:
-    items = example["retrieved"]
-    style = "found pictures" if any(item.get("image") for item in items) else "found words"
-    found = el("ol", *(_candidate(item, rank, shared) for rank, item in enumerate(items, 1)), class_=style)
     return el(
         "article",
-        el("div", _face(example["query"], shared.pictures, shared.query_lead, "query"), class_="query"),
-        el("div", _verdict(example), found, _sought(example, shared), class_="answer"),
+        question(example, shared),
+        el("div", *answer(example, shared), class_="answer"),
         class_="example hit" if example["hit"] else "example miss",
     )
 
 
-def _verdict(example: Example) -> Markup:
+def question(example: Example, shared: Shared) -> Markup:
+    """The query: its picture above its words."""
+    return el("div", _face(example["query"], shared.pictures, shared.query_lead, "query"), class_="query")
+
+
+def answer(example: Example, shared: Shared, who: str = "") -> list[Markup | None]:
+    """Whether it was a hit, what was retrieved, and the gold one where it is known and not among that. `who` answered."""
+    items = example["retrieved"]
+    style = "found pictures" if any(item.get("image") for item in items) else "found words"
+    found = el("ol", *(_candidate(item, rank, shared) for rank, item in enumerate(items, 1)), class_=style)
+    return [_verdict(example, who), found, _sought(example, shared)]
+
+
+def _verdict(example: Example, who: str = "") -> Markup:
+    name = el("span", who, class_="who") if who else None
     if example["hit"]:
-        return el("p", el("span", "\N{CHECK MARK}", aria_hidden="true"), " Hit", class_="verdict")
+        return el("p", name, el("span", "\N{CHECK MARK}", aria_hidden="true"), " Hit", class_="verdict")
     rank = example.get("gold_rank")
     where = el("span", f" \N{MIDDLE DOT} gold is at rank {rank:,}", class_="soft") if rank else None
-    return el("p", el("span", "\N{MULTIPLICATION X}", aria_hidden="true"), " Miss", where, class_="verdict")
+    return el("p", name, el("span", "\N{MULTIPLICATION X}", aria_hidden="true"), " Miss", where, class_="verdict")
 
 
 def _sought(example: Example, shared: Shared) -> Markup | None:

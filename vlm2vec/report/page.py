@@ -8,12 +8,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from vlm2vec.report import charts, scores
+from vlm2vec.report import beside, charts, scores, smaller
 from vlm2vec.report.gallery import gallery, pictures_of
 from vlm2vec.report.markup import Markup, el, escape, join
 from vlm2vec.report.summary import Summary, sentence, summarize
 from vlm2vec.report.tables import provenance
 from vlm2vec.report.thumbnails import thumbnails
+from vlm2vec.standings import Published
 
 SHORT = 12  # characters of a digest that are shown where the whole would be noise
 LAST_STEP = {
@@ -31,7 +32,7 @@ The gold candidate has a frame and a star."""
 METRIC = """Each query is compared with its own list of candidates, one of which is the gold one.
 Precision@1 is the share of queries whose gold candidate comes first."""
 TIES = "A tie for the first place with an unlabelled candidate counts as a miss."
-MEANS = """Intervals are 95 % bootstrap intervals over the queries:
+MEANS = """Intervals are 95 % intervals (Wilson's, for means with the effective sample size) over the queries:
 they say how far another draw of queries could move the score, not another training run.
 A mean counts every set the same, whatever its size; the macro mean counts every meta-task the same."""
 EMBED = """from vlm2vec import Encoder
@@ -46,29 +47,38 @@ def render(
     log: Sequence[Mapping[str, Any]] | None = None,
     recipe_yaml: str | None = None,
     images_root: Path | None = None,
+    published: Published | None = None,
 ) -> str:
     """The whole page. Equal inputs, with the same Pillow, give equal bytes.
 
     Raises InputError for a results format this version does not read.
     """
-    summary = summarize(after, before)
+    summary = summarize(after, before, published)
     anchors = {row.key: f"set-{index}" for index, row in enumerate(summary.sets, 1)}
     shown = gallery(summary.groups, thumbnails(pictures_of(after), images_root), anchors)
     sections = [
-        ("scores", "Scores", "Scores", join(scores.forest(summary, anchors), scores.table(summary, anchors))),
+        ("scores", "Scores", "Scores", join(scores.forest(summary, anchors), scores.table(summary, anchors), scores.more(summary))),
+        ("published", "Published", "Beside published models", _published(after, before, published)),
+        ("sizes", "Sizes", "Smaller vectors", _sizes(after)),
         ("training", "Training", "Training", _training(log or ())),
         ("examples", "Examples", "What it retrieved", join(el("p", DRAWN, class_="prose"), shown) if shown else None),
         ("next", "Next", "What to do next", _next(summary, after, anchors)),
         ("benchmark", "Benchmark", "What this benchmark is, and is not", _benchmark(after)),
         ("provenance", "Provenance", "Where these numbers come from", _provenance(after, before, recipe_yaml)),
     ]
+    return page(f"{summary.suite}: {summary.metric}", _header(summary, after), sections)
+
+
+def page(title: str, header: Markup, sections: Sequence[tuple[str, str, str, Markup | None]]) -> str:
+    """A page of sections, each (anchor, name in the contents, heading, content); a section whose content is None is left out."""
     kept = [section for section in sections if section[-1] is not None]
     return _template("page.html").substitute(
-        title=escape(f"{summary.suite}: {summary.metric}"),
+        title=escape(title),
         style=_template("page.css").template,
-        header=_header(summary, after),
+        first=kept[0][0],
+        header=header,
         nav=el("ul", *(el("li", el("a", name, href=f"#{anchor}")) for anchor, name, _, _ in kept)),
-        body=join(*(el("section", el("h2", title), content, id=anchor, class_="block") for anchor, _, title, content in kept)),
+        body=join(*(el("section", el("h2", words), content, id=anchor, class_="block") for anchor, _, words, content in kept)),
     )
 
 
@@ -91,7 +101,7 @@ def _header(summary: Summary, after: Mapping[str, Any]) -> Markup:
         el("p", sentence(summary), class_="lede"),
         *(el("p", text, class_="warning") for text in summary.warnings),
         scores.tiles(summary),
-        _facts(facts, "facts"),
+        fact_list(facts, "facts"),
     )
 
 
@@ -99,8 +109,18 @@ def _short(digest: str | None) -> Markup:
     return el("code", digest[:SHORT]) if digest else el("span", "none")
 
 
-def _facts(facts: Sequence[tuple[str, object]], style: str) -> Markup:
+def fact_list(facts: Sequence[tuple[str, object]], style: str) -> Markup:
+    """Named facts, laid out as `style` says."""
     return el("dl", *(el("div", el("dt", name), el("dd", value)) for name, value in facts), class_=style)
+
+
+def _published(after: Mapping[str, Any], before: Mapping[str, Any] | None, published: Published | None) -> Markup | None:
+    return None if published is None else beside.section(beside.beside(after, before, published))
+
+
+def _sizes(after: Mapping[str, Any]) -> Markup | None:
+    found = smaller.sizes(after)
+    return smaller.section(found) if found else None
 
 
 def _training(log: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -119,7 +139,7 @@ def _training(log: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not figures:
         return None
     last = [(words, f"{log[-1][key]:,.4g}") for key, words in LAST_STEP.items() if isinstance(log[-1].get(key), int | float)]
-    return join(el("p", SMOOTHED, class_="soft"), el("div", *figures, class_="figures"), _facts(last, "facts compact"))
+    return join(el("p", SMOOTHED, class_="soft"), el("div", *figures, class_="figures"), fact_list(last, "facts compact"))
 
 
 def _figure(title: str, words: str, drawing: Markup) -> Markup:
@@ -129,7 +149,7 @@ def _figure(title: str, words: str, drawing: Markup) -> Markup:
 def _next(summary: Summary, after: Mapping[str, Any], anchors: Mapping[str, str]) -> Markup:
     """Steps that follow from these numbers first, then what anyone can do with the model."""
     steps: list[object] = []
-    weakest = min((row for row in summary.sets if row.details.get("examples")), key=lambda row: row.lift, default=None)
+    weakest = min((row for row in summary.sets if row.examples), key=lambda row: row.lift, default=None)
     if weakest is not None:
         link = el("a", weakest.title, href=f"#{anchors[weakest.key]}")
         steps.append(join("Look at the misses of ", link, ", the set with the least gain over chance. Are they near misses, or noise?"))
@@ -155,7 +175,7 @@ def _benchmark(after: Mapping[str, Any]) -> Markup:
 
 
 def _provenance(after: Mapping[str, Any], before: Mapping[str, Any] | None, recipe_yaml: str | None) -> Markup:
-    facts = _facts([(name, el("code", value)) for name, value in provenance(after, before)], "facts full")
+    facts = fact_list([(name, el("code", value)) for name, value in provenance(after, before)], "facts full")
     if recipe_yaml is None:
         return facts
     recipe = el("pre", el("code", recipe_yaml), tabindex=0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vlm2vec.report import charts
+from vlm2vec.report.blocks import folded, scrolling
 from vlm2vec.report.markup import Markup, breakable, el, join
 from vlm2vec.report.summary import Row, Score, Summary, percent
 from vlm2vec.report.tables import number, size
 
 APART = "* the intervals before and after do not overlap."
 SCALE = (0, 25, 50, 75, 100)
+FOLD_ABOVE = 20  # sets
 Anchors = Mapping[str, str]
 
 
@@ -39,7 +41,7 @@ def forest(summary: Summary, anchors: Anchors) -> Markup:
     scale = el("div", *(el("span", f"{mark} %" if mark == SCALE[-1] else mark) for mark in SCALE), class_="scale", aria_hidden="true")
     return el(
         "figure",
-        el("figcaption", el("span", f"{summary.metric} in %", class_="key"), *_legend(summary.compared)),
+        el("figcaption", el("span", f"{summary.metric} in %", class_="key"), *_legend(summary)),
         scale,
         *(el("div", rows, class_="bunch") for rows in (*bunches, totals) if rows),
         scale,
@@ -47,16 +49,18 @@ def forest(summary: Summary, anchors: Anchors) -> Markup:
     )
 
 
-def _legend(compared: bool) -> list[Markup]:
+def _legend(summary: Summary) -> list[Markup]:
     dot, diamond = {"cx": 8, "cy": 8, "r": 4.5}, "M8 1.5L14.5 8L8 14.5L1.5 8Z"
-    keys = [(el("circle", **dot, class_="point before"), "before training")] if compared else []
+    keys = [(el("circle", **dot, class_="point before"), "before training")] if summary.compared else []
     keys += [
-        (el("circle", **dot, class_="point after"), "after training" if compared else "score"),
+        (el("circle", **dot, class_="point after"), "after training" if summary.compared else "score"),
         (el("path", d=diamond, class_="point after"), "mean of sets"),
         (el("line", x1=8, x2=8, y1=1, y2=15, class_="chance"), "chance"),
     ]
+    if any(row.best for row in summary.sets):
+        keys.append((el("path", d="M8 0V16", class_="best"), "best published"))
     drawn = [el("span", _glyph(shape), " ", words, class_="key") for shape, words in keys]
-    return drawn + [el("span", words, class_="key") for words in ("whiskers: 95 % interval", *([APART] if compared else []))]
+    return drawn + [el("span", words, class_="key") for words in ("whiskers: 95 % interval", *([APART] if summary.compared else []))]
 
 
 def _glyph(shape: Markup) -> Markup:
@@ -65,7 +69,7 @@ def _glyph(shape: Markup) -> Markup:
 
 def _forest_row(row: Row, anchors: Anchors) -> Markup:
     title = breakable(row.title)
-    name = el("a", title, href=f"#{anchors[row.key]}") if row.details.get("examples") else title
+    name = el("a", title, href=f"#{anchors[row.key]}") if row.examples else title
     split = el("span", row.details["split"], class_="split") if row.details else None
     value = [el("b", percent(row.after.value if row.after else None)), el("span", interval(row.after), class_="soft interval")]
     if row.change is not None:
@@ -84,27 +88,43 @@ def interval(score: Score | None) -> str:
 
 
 def table(summary: Summary, anchors: Anchors) -> Markup:
-    """Every number, in a box that scrolls sideways by itself where the screen is narrow."""
+    """Every number; folded where there are many sets, since the drawing above names them all already."""
     scores = ["Before", "After", "Change"] if summary.compared else ["Score"]
-    heads = ["Set", "Split", *scores, "Chance", "Queries", "Candidates", "Ties"]
-    head = el("tr", *(el("th", name, scope="col", class_=None if index < 2 else "num") for index, name in enumerate(heads)))
+    best = ["Best published"] if any(row.best for row in summary.sets) else []
+    heads = ["Set", "Split", *scores, *best, "Chance", "Queries", "Candidates", "Ties", *(["Best published by"] if best else [])]
     words = f"{summary.metric} in %, with 95 % intervals. {APART if summary.compared else ''}".strip()
     blocks = [*((group.mean, *group.sets) for group in summary.groups), summary.totals]
-    bodies = [el("tbody", *(_table_row(row, summary.compared) for row in rows)) for rows in blocks if rows]
-    whole = el("table", el("caption", el("span", words)), el("thead", head), *bodies)
-    return el("div", whole, class_="scroll", tabindex=0, role="region", aria_label="All scores as a table")
+    bodies = [[_table_row(row, summary.compared, bool(best)) for row in rows] for rows in blocks if rows]
+    box = scrolling("All scores as a table", words, heads, bodies, (0, 1, len(heads) - 1) if best else (0, 1))
+    return box if len(summary.sets) <= FOLD_ABOVE else folded("All scores as a table", box)
 
 
-def _table_row(row: Row, compared: bool) -> Markup:
+def more(summary: Summary) -> Markup | None:
+    """The other metrics of every set, folded; nothing where the results have none."""
+    names = [name for name in dict.fromkeys(name for row in summary.sets for name in row.details.get("metrics", {}))]
+    if not names:
+        return None
+    bodies = [[_metrics_row(row, names) for row in group.sets] for group in summary.groups]
+    words = "All in %. With one right candidate per query some of them say the same."
+    return folded("Other metrics", scrolling("Other metrics as a table", words, ["Set", "Split", *names], bodies))
+
+
+def _metrics_row(row: Row, names: Sequence[str]) -> Markup:
+    values = [row.details.get("metrics", {}).get(name) for name in names]
+    return _line(row, *(el("td", percent(value), class_="num") for value in values))
+
+
+def _table_row(row: Row, compared: bool, with_best: bool) -> Markup:
     scores = [_table_score(row.before), _table_score(row.after), _change(row)] if compared else [_table_score(row.after)]
+    best = [percent(row.best.score) if row.best else ""] if with_best else []
     counts = [percent(row.chance), size(row), number(row.details.get("candidates")), number(row.details.get("ties"))]
-    return el(
-        "tr",
-        el("th", breakable(row.title), scope="row"),
-        el("td", row.details.get("split", "")),
-        *(el("td", cell, class_="num") for cell in (*scores, *counts)),
-        class_=None if row.details else "mean",
-    )
+    who = [el("td", row.best.model if row.best else "", class_="from")] if with_best else []
+    return _line(row, *(el("td", cell, class_="num") for cell in (*scores, *best, *counts)), *who)
+
+
+def _line(row: Row, *cells: Markup) -> Markup:
+    name = el("th", breakable(row.title), scope="row")
+    return el("tr", name, el("td", row.details.get("split", "")), *cells, class_=None if row.details else "mean")
 
 
 def _table_score(score: Score | None) -> Markup:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from vlm2vec.errors import InputError
+from vlm2vec.results import require_format
+from vlm2vec.standings import Best, Published
 
 META_TASKS = {
     "classification": "Classification",
@@ -24,7 +25,7 @@ TOTALS = {
     "overall": "Overall, mean of sets",
     "macro": "Macro, mean of meta-tasks",
 }
-FORMAT = 1
+NAMED = 8  # sets listed in a sentence
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One set, or the mean of several. `details` is the set's entry in the results, empty for a mean."""
+    """One set, or the mean of several.
+
+    `details` is the set's entry in the results, empty for a mean; `examples` some of its queries, `best` its highest published score.
+    """
 
     key: str
     title: str
@@ -47,6 +51,8 @@ class Row:
     chance: float | None
     sets: int = 1
     details: Mapping[str, Any] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()
+    best: Best | None = None
 
     @property
     def change(self) -> float | None:
@@ -89,7 +95,8 @@ class Group:
 class Summary:
     """All rows of a report.
 
-    `comparable` is False when before and after were measured under different protocols; `noticed` is what the evaluation itself warned of.
+    `comparable` is False when before and after were measured under different protocols; `noticed` is what the evaluation itself warned of;
+    `standard` names the total that stands for all: overall where scores are published, so that it can be held against them, else macro.
     """
 
     suite: str
@@ -100,6 +107,7 @@ class Summary:
     comparable: bool
     missing: tuple[str, ...]
     noticed: tuple[str, ...]
+    standard: str = "macro"
 
     @property
     def sets(self) -> list[Row]:
@@ -107,8 +115,8 @@ class Summary:
 
     @property
     def headline(self) -> Row | None:
-        """The macro mean, or the last total there is."""
-        return self.totals[-1] if self.totals else None
+        """The standard mean, or the last total there is."""
+        return next((row for row in self.totals if row.key == self.standard), self.totals[-1] if self.totals else None)
 
     @property
     def at_chance(self) -> list[Row]:
@@ -126,19 +134,15 @@ class Summary:
         return [*found, *self.noticed]
 
 
-def summarize(after: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Summary:
-    """Read one or two results files of `evaluate` into rows.
+def summarize(after: Mapping[str, Any], before: Mapping[str, Any] | None = None, published: Published | None = None) -> Summary:
+    """Read one or two results files of `evaluate`, and the published scores of their suite, into rows.
 
     Raises InputError when a file is of a format this version does not read.
     """
     for which, results in (("after", after), ("before", before)):
-        if results is not None and results.get("format") != FORMAT:
-            found = results.get("format")
-            raise InputError(f"results {which}: format {found!r} found, {FORMAT} expected; evaluate again with this version")
-    sets = [
-        Row(name, name, _score(entry), _score(_entry(before, "sets", name)), entry.get("chance"), details=entry)
-        for name, entry in after["sets"].items()
-    ]
+        if results is not None:
+            require_format(results, f"results {which}")
+    sets = [_set_row(name, entry, after, before, published) for name, entry in after["sets"].items()]
     names = [*META_TASKS, *(row.details["meta_task"] for row in sets)]
     groups = []
     for name in dict.fromkeys(names):
@@ -154,6 +158,22 @@ def summarize(after: Mapping[str, Any], before: Mapping[str, Any] | None = None)
         comparable=before is None or before.get("protocol_digest") == after.get("protocol_digest"),
         missing=tuple(entry["name"] if isinstance(entry, Mapping) else entry for entry in after.get("missing", ())),
         noticed=(*after.get("warnings", ()), *(f"Before: {text}" for text in (before or {}).get("warnings", ()))),
+        standard="overall" if published else "macro",
+    )
+
+
+def _set_row(
+    name: str, entry: Mapping[str, Any], after: Mapping[str, Any], before: Mapping[str, Any] | None, published: Published | None
+) -> Row:
+    return Row(
+        name,
+        name,
+        after=_score(entry),
+        before=_score(_entry(before, "sets", name)),
+        chance=entry.get("chance"),
+        details=entry,
+        examples=after.get("examples", {}).get(name, ()),
+        best=published.best(name) if published else None,
     )
 
 
@@ -212,8 +232,10 @@ def _beyond_intervals(summary: Summary) -> str:
 
 
 def _beyond_chance(summary: Summary) -> str:
-    low = ", ".join(row.title for row in summary.at_chance)
-    return f"Not clearly above chance: {low}." if low else "Every set is above its chance."
+    low = summary.at_chance
+    if len(low) > NAMED:
+        return f"{len(low)} of {len(summary.sets)} sets are not clearly above chance."
+    return f"Not clearly above chance: {', '.join(row.title for row in low)}." if low else "Every set is above its chance."
 
 
 def _sign(change: float) -> int:

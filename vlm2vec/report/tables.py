@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vlm2vec.io import digest
+from vlm2vec.report import beside, smaller
 from vlm2vec.report.markup import clean
+from vlm2vec.report.plain import code, plain, rows
 from vlm2vec.report.summary import META_TASKS, Row, Score, Summary, percent, sentence, summarize
+from vlm2vec.standings import Published
 
 NAME_WIDTH = 27
+SLOWEST = 3  # sets whose time is told
+MOST_FLAT = 8  # values that are written out
 SPLIT_WIDTH = 3
 WIDTHS = {"before": 19, "after": 19, "score": 19, "change": 7, "chance": 6, "queries": 7, "candidates": 10}
 
 
 def table(after: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
-    """Aligned plain text: sets under the mean of their meta-task, then IND, OOD, overall and macro. No line exceeds 100 columns.
+    """Aligned plain text: sets under the mean of their meta-task, then IND, OOD, overall and macro, then smaller vectors if any were tried.
 
-    Numbers are per cent with 95 % intervals in brackets; `*` marks a change whose two intervals do not overlap.
+    No line exceeds 100 columns. Numbers are per cent with 95 % intervals in brackets; `*` marks a change whose intervals do not overlap.
     Raises InputError for a results format this version does not read.
     """
     summary = summarize(after, before)
@@ -29,6 +34,8 @@ def table(after: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> 
         lines.append(_text_row(group.mean, columns))
         lines += [_text_row(row, columns, indent="  ") for row in group.sets]
     lines += [rule, *(_text_row(row, columns) for row in summary.totals), ""]
+    sizes = smaller.sizes(after)
+    lines += [*smaller.text(sizes), ""] if sizes else []
     return "\n".join([*lines, *_notes(summary)]).rstrip() + "\n"
 
 
@@ -82,40 +89,51 @@ def _notes(summary: Summary) -> Iterator[str]:
     yield from (f"! {clean(text)}" for text in summary.warnings)
 
 
-def markdown(after: Mapping[str, Any], before: Mapping[str, Any] | None = None, log: Sequence[Mapping[str, Any]] | None = None) -> str:
+def markdown(
+    after: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
+    log: Sequence[Mapping[str, Any]] | None = None,
+    published: Published | None = None,
+) -> str:
     """The report without pictures: the result in words, the table, what was measured and with what.
 
     Raises InputError for a results format this version does not read.
     """
-    summary = summarize(after, before)
-    blocks = [f"# Results on {_plain(summary.suite)}", _plain(sentence(summary)), *(_plain(text) for text in summary.warnings)]
+    summary = summarize(after, before, published)
+    blocks = [f"# Results on {plain(summary.suite)}", plain(sentence(summary)), *(plain(text) for text in summary.warnings)]
     if after.get("description"):
-        blocks += ["## What this benchmark is", _plain(after["description"])]
+        blocks += ["## What this benchmark is", plain(after["description"])]
     blocks += ["## Scores", "\n".join(_markdown_table(summary))]
-    blocks += [f"{_plain(summary.metric)} in %, 95 % intervals in brackets. A change in bold: the two intervals do not overlap."]
+    blocks += [f"{plain(summary.metric)} in %, 95 % intervals in brackets. A change in bold: the two intervals do not overlap."]
+    if published:
+        blocks += ["## Beside published models", *beside.lines(beside.beside(after, before, published))]
+    if sizes := smaller.sizes(after):
+        blocks += ["## Smaller vectors", *smaller.markdown(sizes)]
     if log:
         blocks += ["## Training", "\n".join(_training(log))]
-    blocks += ["## Provenance", "\n".join(f"- {_plain(key)}: {_code(value)}" for key, value in provenance(after, before))]
+    blocks += ["## Provenance", "\n".join(f"- {plain(key)}: {code(value)}" for key, value in provenance(after, before))]
     return "\n\n".join(blocks) + "\n"
 
 
 def _markdown_table(summary: Summary) -> Iterator[str]:
     columns = _columns(summary)
-    yield f"| set | split | {' | '.join(columns)} |"
-    yield f"|---|---|{'---:|' * len(columns)}"
+    best = ["best published"] if any(row.best for row in summary.sets) else []
+    body = []
     for group in summary.groups:
-        yield _markdown_row(group.mean, columns, META_TASKS.get(group.mean.key, group.mean.key))
-        yield from (_markdown_row(row, columns) for row in group.sets)
-    yield from (_markdown_row(row, columns, row.title) for row in summary.totals)
+        body.append(_markdown_row(group.mean, columns, META_TASKS.get(group.mean.key, group.mean.key)))
+        body += [_markdown_row(row, columns) for row in group.sets]
+    body += [_markdown_row(row, columns, row.title) for row in summary.totals]
+    yield from rows(["set", "split", *columns, *best], [cells if best else cells[:-1] for cells in body], left=2)
 
 
-def _markdown_row(row: Row, columns: Sequence[str], mean_of: str | None = None) -> str:
+def _markdown_row(row: Row, columns: Sequence[str], mean_of: str | None = None) -> list[str]:
     cells = [" ".join(_cell(row, column).split()).replace("[ ", "[") for column in columns]
     if "change" in columns and row.apart:
         at = columns.index("change")
         cells[at] = f"**{cells[at].rstrip('*')}**"
-    name = _plain(row.title) if mean_of is None else f"**{_plain(mean_of)}**"
-    return f"| {name} | {_plain(row.details.get('split', ''))} | {' | '.join(cells)} |"
+    name = plain(row.title) if mean_of is None else f"**{plain(mean_of)}**"
+    best = f"{percent(row.best.score)} {plain(row.best.model)}" if row.best else ""
+    return [name, plain(row.details.get("split", "")), *cells, best]
 
 
 def _training(log: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -129,36 +147,30 @@ def _training(log: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def provenance(after: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     """What would have to be the same to get the same numbers again, as (name, value) pairs."""
     model = after["model"]
-    rows = [("model", model["path"]), ("model fingerprint", model["fingerprint"]), ("recipe digest", model.get("recipe_digest"))]
+    found = [("model", model["path"]), ("model fingerprint", model["fingerprint"]), ("recipe digest", model.get("recipe_digest"))]
     if before is not None:
-        rows.append(("model fingerprint before", before["model"]["fingerprint"]))
-    rows += [("suite", after["suite"]), ("protocol digest", after["protocol_digest"])]
+        found.append(("model fingerprint before", before["model"]["fingerprint"]))
+    found += [("suite", after["suite"]), ("protocol digest", after["protocol_digest"])]
     if before is not None and before.get("protocol_digest") != after.get("protocol_digest"):
-        rows.append(("protocol digest before", before.get("protocol_digest")))
-    rows += [(f"protocol: {key}", _flat(value)) for key, value in after["protocol"].items()]
-    rows += [(f"{key} version", value) for key, value in after["versions"].items()]
-    if after.get("timing"):
-        rows.append(("timing of the evaluation", _flat(after["timing"])))
-    return [(key, _flat(value)) for key, value in rows]
+        found.append(("protocol digest before", before.get("protocol_digest")))
+    found += [(f"protocol: {key}", _flat(value)) for key, value in after["protocol"].items()]
+    found += [(f"{key} version", value) for key, value in after["versions"].items()]
+    found += [("timing", _flat(value)) for value in [_timing(after.get("timing") or {})] if value]
+    return [(key, _flat(value)) for key, value in found]
+
+
+def _timing(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """The times of the whole evaluation, and of its slowest sets where the results hold the time of each."""
+    whole = {key: value for key, value in timing.items() if key != "sets"}
+    slowest = sorted(timing.get("sets", {}).items(), key=lambda entry: -entry[1])[:SLOWEST]
+    return whole | ({"slowest": {name: f"{seconds:.1f} s" for name, seconds in slowest}} if slowest else {})
 
 
 def _flat(value: object) -> str:
+    if isinstance(value, Mapping) and len(value) > MOST_FLAT:
+        return f"{len(value)} values, sha256 {digest(value)[:12]}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_flat, value))
     return "none" if value is None else str(value)
-
-
-def _plain(text: object) -> str:
-    """The text with everything Markdown or HTML would act on made inert; paragraphs are kept, other line breaks are not."""
-    paragraphs = re.split(r"\n\s*\n", clean(text).strip())
-    return "\n\n".join(re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(paragraph.split())) for paragraph in paragraphs)
-
-
-def _code(value: object) -> str:
-    """As code, in a fence longer than any run of backticks inside."""
-    text = " ".join(clean(value).split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    pad = " " if "`" in text else ""
-    return f"{fence}{pad}{text}{pad}{fence}"

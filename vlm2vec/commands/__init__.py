@@ -1,0 +1,21 @@
+"""The commands of `vlm2vec`, a module each: HELP, `arguments(command)` that declares them, `run(given)` that does the work and says what
+came of it. The modules are imported for `--help` already, so whatever is slow to import is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    sys.stdout.write(text + "\n")
+
+
+def positive(text: str) -> int:
+    """An argument that must be a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
