@@ -115,6 +115,7 @@ def test_layers_that_only_some_chunks_go_back_through_are_not_spread(tmp_path: P
     check_backward(encoder, units, "fsdp2")
 
 
-def test_one_process_has_nothing_to_spread(tmp_path: Path) -> None:
+def test_one_process_has_nothing_to_spread_and_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = SITUATIONS["lora"].recipe(tmp_path, "fsdp2")
     assert prepare(recipe.train, disturbed(recipe), InfoNCE(recipe.loss)).name == "ddp"
+    assert "fsdp2 has nothing to spread" in caplog.text

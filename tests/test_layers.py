@@ -11,27 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = (
-    ("errors", "io", "dist", "log", "signals"),
-    ("strict_yaml", "schema", "config", "prompts", "pooling", "quantize", "ranking", "metrics", "paired", "losses", "gradcache", "replay"),
-    ("data", "collate", "backbones", "batch", "feed", "cache", "suite", "composition"),
-    ("lora", "encoder", "engines", "checkpoint"),
-    (
-        "step",
-        "trainer",
-        "plan",
-        "evalsets",
-        "fill",
-        "scoring",
-        "evaluate",
-        "results",
-        "standings",
-        "compare",
-        "formats",
-        "report",
-        "pipeline",
-    ),
-    ("cli", "commands", "__main__"),
+LAYERS = tuple(
+    names.split()
+    for names in (
+        "errors io dist log signals",
+        "strict_yaml schema config prompts pooling quantize ranking metrics paired losses gradcache replay",
+        "data collate backbones batch feed cache suite composition",
+        "lora encoder engines checkpoint",
+        "step trainer plan evalsets fill scoring evaluate results standings compare formats report pipeline",
+        "cli commands __main__",
+    )
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names} | {"data.types": 1}
 # Who must not know whom although the layers allow it: data never sees a processor, and a reader of rows never sees a model.

@@ -60,6 +60,23 @@ def test_an_error_of_one_rank_ends_the_others_with_its_words(
     assert str(error) in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_a_rank_that_hears_nothing_is_ended_too(tmp_path: Path) -> None:
+    """It waits for something else than the other ranks, so that no broken connection tells it."""
+
+    def prepare() -> None:
+        def embed(self: Step, *rest: Any) -> torch.Tensor:
+            if dist.rank() == 1:
+                raise DataError("row 7 is broken")
+            time.sleep(60)
+            raise AssertionError("nobody ended this rank")
+
+        Step._embed = embed  # type: ignore[method-assign]
+
+    started = time.monotonic()
+    assert run_on_ranks(recipe_of(tmp_path), prepare) == [2, 2]
+    assert time.monotonic() - started < 20
+
+
 @pytest.mark.parametrize("where", ["embedding", "gradient"])
 @pytest.mark.parametrize("engine", [*engines("ddp", "fsdp2"), *engines("zero2", "zero3", mark=pytest.mark.faults)])
 def test_a_nan_on_one_rank_stops_all_before_the_optimizer(engine: str, where: str, tmp_path: Path) -> None:
