@@ -309,7 +309,7 @@ def test_a_hostile_checkpoint_is_refused(name: str, folder: Path, tmp_path: Path
         Encoder.from_pretrained(folder)
     assert caught.value.exit_code == 2 and (folder.name in str(caught.value) or "/nowhere/at/all" in str(caught.value))
     tally("F4", "hostile or corrupt checkpoints, with a manifest that fits", "refused in words; nothing loaded, nothing executed", 1)
-    if name.startswith("link"):  # what a link leads to is no part of a checkpoint, so it is passed over for the one before
+    if name == "link-to-secret":  # what a link leads to is no part of a checkpoint, so it is passed over for the one before
         reseal(folder)
         assert checkpoint.latest(folder.parent) == checkpoint.steps(folder.parent)[0]
         return

@@ -42,6 +42,7 @@ def publishing(directory: Path, needed: int = 0, replace: bool = False) -> Itera
     try:
         with DiskErrors(directory, staging, lambda: max(needed, _bytes_under(staging))):
             yield staging
+            _check_same(staging, lock, directory)
             _seal(staging)
             _put_in_place(staging, directory)
     finally:
@@ -116,6 +117,12 @@ def _remove_abandoned(parent: Path) -> None:
                 shutil.rmtree(path)
             finally:
                 os.close(lock)
+
+
+def _check_same(staging: Path, lock: int, directory: Path) -> None:
+    """Raise EnvError if somebody removed the folder meanwhile: what was written later made a new one, and what came before is lost."""
+    if not staging.exists() or not os.path.samestat(os.stat(staging), os.fstat(lock)):
+        raise EnvError(f"cannot write {directory}: {staging} was removed while it was filled; keep other programs away from its parent")
 
 
 def _bytes_under(folder: Path) -> int:
