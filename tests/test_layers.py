@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
     ("strict_yaml", "schema", "config", "prompts", "pooling", "quantize", "ranking", "metrics", "paired", "losses", "gradcache", "replay"),
-    ("data", "collate", "backbones", "batch", "cache", "suite", "composition"),
+    ("data", "collate", "backbones", "batch", "cache", "vectors", "suite", "composition"),
     ("lora", "encoder", "engines", "checkpoint"),
     (
         "step",
@@ -22,6 +22,8 @@ LAYERS = (
         "plan",
         "evalsets",
         "fill",
+        "bulk",
+        "batched",
         "scoring",
         "evaluate",
         "results",
