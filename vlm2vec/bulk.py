@@ -143,14 +143,10 @@ def _begin(
         if dist.is_main():
             layout = Layout(_dims(encoder, chosen["dims"]), chosen["precision"], chosen["storage"])
             corpus = _scan(source, folder, columns, images)
-            plan = {
-                "format": FORMAT,
-                "kind": KIND,
-                "model": {"fingerprint": encoder.fingerprint(), "decode": DECODE_VERSION},
-                "input": {"kind": corpus.kind, "items": len(corpus), "digest": corpus.digest, "columns": corpus.columns, "images": images and str(images)},
-                **chosen,
-                "dims": layout.dims,
-            }
+            found = {"kind": corpus.kind, "items": len(corpus), "digest": corpus.digest}
+            given = {"columns": corpus.columns, "images": str(images) if images else None}
+            model = {"fingerprint": encoder.fingerprint(), "decode": DECODE_VERSION}
+            plan = {"format": FORMAT, "kind": KIND, "model": model, "input": {**found, **given}, **chosen, "dims": layout.dims}
             VectorFolder(folder, plan).begin()
             made = [corpus.to_json(), plan]
     stored, plan = dist.gather_objects(made)[0]

@@ -109,11 +109,11 @@ class Layout:
         opened: dict[str, NDArray[Any]] = {}
         for tensor, file in self.files(name).items():
             dtype, shape = self.tensors[tensor]
-            offset = _safetensors_offset(folder / file, tensor) if self.storage == "safetensors" else _npy_offset(folder / file)
             try:
+                offset = _safetensors_offset(folder / file, tensor) if self.storage == "safetensors" else _npy_offset(folder / file)
                 opened[tensor] = np.memmap(folder / file, dtype, "r", offset, (rows, *shape))
-            except (OSError, ValueError) as error:
-                raise ManifestError(f"{folder / file} is missing or damaged ({error}); run the command that made it again") from None
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise _damaged(folder / file, error) from None
         return opened
 
 
@@ -125,21 +125,22 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 def _npy_offset(file: Path) -> int:
     """Where the numbers begin."""
-    try:
-        return int(np.load(file, mmap_mode="r", allow_pickle=False).offset)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ManifestError(f"{file} is missing or damaged ({error}); run the command that made it again") from None
+    with file.open("rb") as stream:
+        np.lib.format.read_magic(stream)
+        np.lib.format.read_array_header_1_0(stream)
+        return stream.tell()
 
 
 def _safetensors_offset(file: Path, tensor: str) -> int:
     """Where the numbers of a tensor begin: behind eight bytes with the length of the JSON header, the header, and what lies before it."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, 1 << 20)))
-        return 8 + length + int(header[tensor]["data_offsets"][0])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{file} is missing or damaged ({error}); run the command that made it again") from None
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, 1 << 20)))
+    return 8 + length + int(header[tensor]["data_offsets"][0])
+
+
+def _damaged(file: Path, error: Exception) -> ManifestError:
+    return ManifestError(f"{file} is missing or damaged ({error}); run the command that made it again")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def _ids(folder: Path, part: Mapping[str, Any]) -> list[str | int]:
     try:
         found = list(map(json.loads, file.read_text("ascii").splitlines()))
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{file} is missing or damaged ({error}); run the command that made it again") from None
+        raise _damaged(file, error) from None
     if len(found) != part["rows"]:
         raise ManifestError(f"{file} has {len(found)} ids for {part['rows']} rows; run the command that made it again")
     return found

@@ -10,7 +10,7 @@ range of rows is read without what lies before it, and never more than a few row
 
 from __future__ import annotations
 
-import difflib
+import codecs
 import hashlib
 import json
 import os
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +38,7 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", 
 _ROWS = 1024  # rows of a parquet file decoded at once
 _PICTURES = 32  # the same, where they hold pictures
 _BUFFER = 1 << 20  # bytes of a column read at once
+_RENAME = "columns (--columns text=NAME) gives the names in the files"
 _SHOWN = 30  # names listed in an error
 
 
@@ -63,7 +64,11 @@ class Row:
     def id(self) -> str | int:
         """Its id, or its number."""
         found = self.values.get("id") if isinstance(self.values, dict) else None
-        return found if isinstance(found, str | int) and not isinstance(found, bool) else self.number
+        return found if _is_id(found) else self.number
+
+
+def _is_id(value: Any) -> TypeGuard[str | int]:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,10 @@ def _marks(file: Path, index: int, first: int, columns: Mapping[str, str] | None
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
-                if line.strip():
+                mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                if line[mark:].strip():
                     if rows % MARK == 0:
-                        pieces.append(Piece(index, first + rows, MARK, offset, number))
+                        pieces.append(Piece(index, first + rows, MARK, offset + mark, number))
                     rows += 1
                 sha.update(line)
                 offset += len(line)
@@ -188,8 +194,7 @@ def _row_groups(file: Path, index: int, first: int, columns: Mapping[str, str]) 
     missing = [name for key, name in columns.items() if name not in names]
     if missing or not set(wanted) & set(names):
         what = f"no column {missing[0]!r}" if missing else f"neither a column {wanted[0]!r} nor {wanted[1]!r}"
-        there = f"{_listing(names)}{_nearest(missing or wanted, names)}"
-        raise DataError(f"{file} has {what}, but {there}; --columns text=NAME gives the name of a column")
+        raise DataError(f"{file} has {what}, but {_listing(names)}; {_RENAME}")
     state = file.stat()
     pieces = []
     for group, count in enumerate(counts):
@@ -216,11 +221,6 @@ class _reading:
 def _listing(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(map(str, names[:_SHOWN])) or "nothing") + more
-
-
-def _nearest(wanted: Sequence[str], names: Sequence[str]) -> str:
-    close = [match for name in wanted for match in difflib.get_close_matches(name, names, n=1)]
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 # -- folders of pictures -----------------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def _jsonl_rows(file: Path, piece: Piece, parts: Sequence[range], names: Mapping
 def _values(line: bytes, names: Mapping[str, str]) -> dict[str, Any] | str:
     """The values of a line by key, or why it has none."""
     try:
-        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not valid UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start})"
     except (ValueError, RecursionError) as error:
@@ -299,8 +299,7 @@ def _values(line: bytes, names: Mapping[str, str]) -> dict[str, Any] | str:
         return f"expected an object or a string, got {type(record).__name__}"
     found = {key: record[name] for key, name in names.items() if record.get(name) is not None}
     if not found.keys() & {"text", "image"}:
-        wanted = [names["text"], names["image"]]
-        return f"neither {' nor '.join(wanted)}; the line has {_listing(list(record))}{_nearest(wanted, list(record))}"
+        return f"neither {names['text']} nor {names['image']}, but {_listing(list(record))}; {_RENAME}"
     return found
 
 
@@ -348,7 +347,7 @@ def item_of(row: Row, images: Path, instruction: str = "") -> Item:
     """
     if isinstance(row.values, str):
         raise DataError(f"{row.place}: {row.values}")
-    if row.values.get("id") not in (None, row.id):
+    if row.values.get("id") is not None and not _is_id(row.values["id"]):
         raise DataError(f"{row.place}: id must be a string or a whole number, got {_called(row.values['id'])}")
     text, own = (_text(row, key) for key in ("text", "instruction"))
     found = row.values.get("image")
