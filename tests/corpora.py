@@ -39,15 +39,15 @@ class Hashing:
         return torch.tensor(np.stack([self.row(each) for each in window]))
 
     def row(self, seen: Features) -> np.ndarray:
-        shown = [self.name, seen.input_ids.tolist(), [image["pixel"].tolist() for image in seen.images]]
-        seed = int(hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:8], 16)
-        row = np.random.default_rng(seed).normal(size=DIMS)
+        shown = [seen.input_ids, *(image["pixel"] for image in seen.images)]
+        seed = hashlib.sha256(self.name.encode() + b"".join(tensor.numpy().tobytes() for tensor in shown)).digest()
+        row = np.random.default_rng(list(seed)).normal(size=DIMS)
         return (row / np.linalg.norm(row)).astype(np.float32)
 
 
 def features(prompt: str, images: Sequence[Image.Image], instruction: str = "") -> Features:
     pixels = [{"pixel": torch.tensor(image.getpixel((0, 0)))} for image in images]
-    return Features(torch.tensor(list(prompt.encode())), pixels)
+    return Features(torch.from_numpy(np.frombuffer(prompt.encode(), np.uint8).astype(np.int64)), pixels)
 
 
 def expected(prompt: str, *colours: tuple[int, int, int], name: str = "hashing") -> np.ndarray:

@@ -176,8 +176,8 @@ class VectorFolder:
             if others:
                 raise InputError(f"{self.folder} holds {min(others)} but no {PLAN}, so it is not ours to fill: choose another folder")
             io.write_json(file, self.plan)
-        elif changed := _difference(io.read_json(file), self.plan):
-            raise InputError(f"{self.folder} was begun with another {changed}; give the same again, or choose another folder")
+        elif changed := list(_differences(io.read_json(file), self.plan)):
+            raise InputError(f"{self.folder} was begun with another {'; '.join(changed)}; give the same again, or choose another folder")
 
     def finished(self, shard: Shard) -> bool:
         """Whether the shard is there and undamaged; a damaged one is named in a warning."""
@@ -239,12 +239,13 @@ class VectorFolder:
         return manifest
 
 
-def _difference(old: Any, new: Any, key: str = "") -> str:
-    """The first field that differs, as "model.fingerprint: old -> new"; "" if none does."""
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """The fields that differ, as "dims: 256 there, 128 here"."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = (_difference(old.get(name), new.get(name), f"{key}.{name}".strip(".")) for name in sorted(old.keys() | new.keys()))
-        return next(filter(None, found), "")
-    return "" if old == new else f"{key}: {json.dumps(old)} there, {json.dumps(new)} here"
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+    elif old != new:
+        yield f"{key}: {json.dumps(old)[:60]} there, {json.dumps(new)[:60]} here"
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------------------------
