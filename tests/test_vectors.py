@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from vlm2vec.errors import InputError, ManifestError
 from vlm2vec.io import write_json
+from vlm2vec.ranking import rank
 from vlm2vec.vectors import FORMAT, KIND, PRECISIONS, STORAGES, Layout, VectorFolder, iterate_vectors, read_vectors, shards_of
 
 D = 21  # not a multiple of eight
@@ -26,7 +27,8 @@ def unit(count: int, seed: int = 0, dims: int = D) -> np.ndarray:
 
 
 def plan(**changed: Any) -> dict[str, Any]:
-    return {"format": FORMAT, "kind": KIND, "model": {"fingerprint": "m"}, "dims": D, "precision": "float32", "storage": "safetensors"} | changed
+    layout = {"dims": D, "precision": "float32", "storage": "safetensors"}
+    return {"format": FORMAT, "kind": KIND, "model": {"fingerprint": "m"}, **layout, **changed}
 
 
 def filled(folder: Path, rows: np.ndarray, size: int = 4, **changed: Any) -> VectorFolder:
@@ -103,12 +105,21 @@ def test_rows_are_those_of_the_array(tmp_path: Path, precision: str, storage: st
     whole = np.asarray(rows)
     for index in (slice(2, 9), slice(4, 8), slice(None, None, -3), slice(5, 5), slice(8, 99), [3, 0, 10, 3], np.array([9, -1]), []):
         assert np.array_equal(rows[index], whole[index if len(np.atleast_1d(index)) else slice(0)]), index
-    assert np.array_equal(rows[7], whole[7]) and np.array_equal(rows[-1], whole[-1]) and np.array_equal(rows[whole[:, 0] > 0], whole[whole[:, 0] > 0])
+    right = whole[:, 0] > 0
+    assert np.array_equal(rows[7], whole[7]) and np.array_equal(rows[-1], whole[-1]) and np.array_equal(rows[right], whole[right])
     assert len(rows) == 11 and rows.ndim == 2 and rows.dtype == np.float32
     for beyond in (11, -12):
         with pytest.raises(IndexError):
             rows[beyond]
     assert np.array_equal(pickle.loads(pickle.dumps(rows))[3:6], whole[3:6])
+
+
+def test_a_folder_is_searched_without_being_loaded(tmp_path: Path) -> None:
+    filled(tmp_path, unit(11))
+    queries, relevant = unit(2, seed=1), [np.array([3], np.int32), np.array([9], np.int32)]
+    grades = [np.ones(1, np.float32)] * 2
+    found, wanted = (rank(queries, targets, None, relevant, grades) for targets in (read_vectors(tmp_path)[1], unit(11)))
+    assert [list(top) for top in found.top_QK] == [list(top) for top in wanted.top_QK]
 
 
 def test_one_shard_after_the_other(tmp_path: Path) -> None:
