@@ -7,15 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.torch import load_file
 
+from tests.corpora import content, jsonl, paint
+from vlm2vec import read_vectors
 from vlm2vec.cli import main
-from vlm2vec.commands.encode import read_items
 from vlm2vec.config import load_recipe
-from vlm2vec.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -33,10 +34,12 @@ LAUNCH = [
 ]
 
 
-def call(*words: str | Path, launcher: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *map(str, words)]
+def call(
+    *words: str | Path, launcher: list[str] | None = None, script: Sequence[str] = (str(ROOT / "train.py"),), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [*(launcher or [sys.executable]), *script, *map(str, words)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, cwd=ROOT)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -113,6 +116,8 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pyt
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--option", "positions=flta"], 2, "expected one of native, flat"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--device", "gpu"], 2, "--device gpu: "),
         (["encode", "builtin/tiny-qwen2_vl", "/no/such.jsonl", "--to", "x"], 2, "/no/such.jsonl not found"),
+        (["encode", "builtin/tiny-qwen2_vl", "README.md", "--to", "{tmp}/x"], 2, "expected a .jsonl or .parquet file"),
+        (["encode", "builtin/tiny-qwen2_vl", "recipes", "--to", "x.safetensors"], 2, "--to x.safetensors: names a folder"),
     ],
 )
 def test_wrong_input_ends_with_code_2_and_a_message(
@@ -135,26 +140,54 @@ def test_a_run_folder_in_use_ends_with_code_5(tmp_path: Path, capsys: pytest.Cap
     holder.communicate("\n")
 
 
-def test_encode_writes_one_row_per_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from PIL import Image
+def test_encode_fills_a_folder_and_says_how_to_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paint(Path("red.png"), (255, 0, 0))
+    jsonl(Path("items.jsonl"), [{"text": "a"}, {"image": "red.png", "text": "b", "id": "b"}, "a", {"image": "gone.png"}])
+    words = ["encode", "builtin/tiny-qwen2_vl", "items.jsonl", "--to", "out", "--device", "cpu", "--shard-items", "2"]
+    assert main(words) == 2
+    assert "items.jsonl row 3 (line 4): image 'gone.png': no such file" in capsys.readouterr().err
+    assert main([*words, "--skip-bad"]) == 0
+    said = capsys.readouterr().out
+    assert "3 rows of 32 numbers, float32, 2 shards" in said and "skipped  1 items" in said
+    ids, rows = read_vectors("out", verify=True)
+    assert ids == [0, "b", 2] and np.allclose(rows[0], rows[2], atol=1e-6) and not np.allclose(rows[0], rows[1], atol=1e-3)
+    lines = [line.removeprefix("load").strip() for line in said.splitlines()[-3:]]
+    exec("\n".join(lines), {})
+    assert capsys.readouterr().out.startswith("0 [") and len(lines) == 3
+    assert main([*words, "--skip-bad", "--precision", "int8"]) == 2
+    assert 'another precision: "float32" there, "int8" here' in capsys.readouterr().err
+    assert main([*words, "--dry-run", "--precision", "int8", "--dims", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "4 items (jsonl) in 2 shards of 2" in said and "48 bytes of int8 rows, 8 numbers each" in said
 
-    Image.new("RGB", (30, 30), (255, 0, 0)).save(tmp_path / "red.png")
-    rows = ['{"text": "a"}', '{"image": "red.png", "text": "b"}', '"a"']
-    (tmp_path / "items.jsonl").write_text("\n".join(rows) + "\n")
-    assert main(["encode", "builtin/tiny-qwen2_vl", str(tmp_path / "items.jsonl"), "--to", str(tmp_path / "out.safetensors")]) == 0
-    made = load_file(tmp_path / "out.safetensors")["embeddings"]
-    assert made.shape[0] == 3 and (made[0] == made[2]).all() and not (made[0] == made[1]).all()
-    assert "3 rows" in capsys.readouterr().out
+
+def test_encode_with_the_instructions_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm2vec import Encoder
+
+    encoder = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu")
+    encoder.query_instruction, encoder.target_instruction = "Find it:", "Represent it:"
+    encoder.save_pretrained(tmp_path / "model")
+    jsonl(tmp_path / "items.jsonl", ["a"])
+    given = {"--query": "Find it:", "--target": "Represent it:"}
+    for flag, instruction in given.items():
+        out = str(tmp_path / flag)
+        assert main(["encode", str(tmp_path / "model"), str(tmp_path / "items.jsonl"), "--to", out, flag, "--device", "cpu"]) == 0
+        assert json.loads((Path(out) / "manifest.json").read_text())["instruction"] == instruction
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [("{", "items.jsonl:2"), ('{"txt": "a"}', "unknown key 'txt'"), ("[1]", "cannot embed a list"), ("", "items.jsonl:2")],
-)
-def test_a_broken_line_of_items_is_named(line: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "items.jsonl").write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(InputError, match=words):
-        read_items(tmp_path / "items.jsonl")
+def test_encode_on_two_processes_makes_the_bytes_of_one(tmp_path: Path) -> None:
+    for index in range(6):
+        paint(tmp_path / "in" / f"{index}", (40 * index, 90, 9))
+    words = ["-m", "vlm2vec", "encode", "builtin/tiny-qwen2_vl", tmp_path / "in", "--shard-items", "2", "--device", "cpu", "--to"]
+    launcher = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    two = call(*words[1:], tmp_path / "two", launcher=launcher, script=["--module"], ACCELERATE_USE_CPU="true")
+    assert two.returncode == 0, two.stderr[-3000:]
+    one = call(*words, tmp_path / "one", script=[])
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert two.stdout.count("6 rows of 32 numbers") == 1 and content(tmp_path / "one") == content(tmp_path / "two")
 
 
 def test_help_is_quick_and_teaches() -> None:

@@ -16,9 +16,9 @@ LAYERS = tuple(
     for names in (
         "errors io dist log signals",
         "strict_yaml schema config prompts pooling quantize ranking metrics paired losses gradcache replay",
-        "data collate backbones batch feed cache suite composition",
+        "data collate backbones batch feed cache vectors suite composition",
         "lora encoder engines checkpoint",
-        "step trainer plan evalsets fill scoring evaluate results standings compare formats report pipeline",
+        "step trainer plan evalsets fill bulk batched scoring evaluate results standings compare formats report pipeline",
         "cli commands __main__",
     )
 )

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm2vec.cli import parse
+from tests.corpora import jsonl
+from vlm2vec.cli import main, parse
+from vlm2vec.commands.encode import HELP
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +39,28 @@ def test_every_command_is_one_that_exists(command: str) -> None:
     words = ["train", *words[words.index("train.py") + 1 :]] if words[0] == "accelerate" else words[1:]
     arguments = parse(words)
     assert arguments.command != "train" or (ROOT / arguments.recipe).is_file()
+
+
+ENCODE = (ROOT / "docs" / "encode.md").read_text(encoding="utf-8")
+
+
+def test_the_how_to_of_encoding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    jsonl(Path("corpus.jsonl"), [{"text": f"number {index}"} for index in range(3)])
+    assert main(["encode", "builtin/tiny-qwen2_vl", "corpus.jsonl", "--to", "vectors", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    for block in re.findall(r"^```python\n(.*?)^```", ENCODE, re.M | re.S):
+        exec(compile(block.replace("runs/quickstart/model", "builtin/tiny-qwen2_vl"), "encode.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.startswith("(3, 32)") and "3 (3, 32)" in said
+
+
+@pytest.mark.parametrize("command", re.findall("^ +(vlm2vec .*)", ENCODE + HELP, re.M))
+def test_every_command_of_encoding_parses(command: str) -> None:
+    words = shlex.split(re.split(r"\s{3,}", command)[0])
+    assert parse(words[1:]).command == "encode"
 
 
 def test_every_link_leads_somewhere() -> None:

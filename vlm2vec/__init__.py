@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlm2vec.batched import EncodeBatch as EncodeBatch
+    from vlm2vec.bulk import encode_corpus as encode_corpus
     from vlm2vec.config import Recipe as Recipe
     from vlm2vec.config import load_recipe as load_recipe
     from vlm2vec.data.types import ImageRef as ImageRef
@@ -16,17 +18,23 @@ if TYPE_CHECKING:
     from vlm2vec.data.types import Pair as Pair
     from vlm2vec.encoder import Encoder as Encoder
     from vlm2vec.errors import Vlm2VecError as Vlm2VecError
+    from vlm2vec.vectors import iterate_vectors as iterate_vectors
+    from vlm2vec.vectors import read_vectors as read_vectors
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EncodeBatch": "vlm2vec.batched",
     "Encoder": "vlm2vec.encoder",
     "ImageRef": "vlm2vec.data.types",
     "Item": "vlm2vec.data.types",
     "Pair": "vlm2vec.data.types",
     "Recipe": "vlm2vec.config",
     "Vlm2VecError": "vlm2vec.errors",
+    "encode_corpus": "vlm2vec.bulk",
+    "iterate_vectors": "vlm2vec.vectors",
     "load_recipe": "vlm2vec.config",
+    "read_vectors": "vlm2vec.vectors",
 }
 
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "train": (train, "train, evaluate and report from a recipe"),
     "eval": (eval, "score a model on a benchmark suite"),
     "compare": (compare, "compare evaluations, query by query"),
-    "encode": (encode, "embed the items of a JSONL file"),
+    "encode": (encode, "embed a corpus: pictures, JSONL or parquet"),
     "data": (data, "fetch, build, make up or check data"),
     "keys": (keys, "list every key of a recipe with type, default and meaning"),
 }

@@ -292,9 +292,8 @@ class Encoder:
         """
         loader = DataLoader(_Featurizer(self.processor, items), batch_size=None, num_workers=workers, collate_fn=_as_is)
         features = iter(loader)
-        with _evaluating(self.model):
-            for size in sizes:
-                yield self._encode_window([next(features) for _ in range(size)], chunk_tokens)
+        for size in sizes:
+            yield self.embed_features([next(features) for _ in range(size)], chunk_tokens)
 
     def encode_query(self, items: Sequence[ItemLike], **options: Any) -> Tensor:
         """`encode` with the query instruction that the model was saved with, where an item brings none."""
@@ -309,11 +308,14 @@ class Encoder:
         """Cosine similarity (B, N) of unit rows, in float32."""
         return query_BD.float() @ target_ND.float().T
 
-    def _encode_window(self, window: list[Features], chunk_tokens: int) -> Tensor:
+    @torch.no_grad()
+    def embed_features(self, window: Sequence[Features], chunk_tokens: int = 32768) -> Tensor:
+        """Embeddings (N, D) float32 on the CPU of N items that are features already, in their order."""
         rows = torch.empty((len(window), self.backbone.hidden_size))
-        for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
-            batch = self.processor.collate([window[index] for index in chunk])
-            rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
+        with _evaluating(self.model):
+            for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
+                batch = self.processor.collate([window[index] for index in chunk])
+                rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
         return rows
 
 

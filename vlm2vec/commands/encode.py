@@ -1,62 +1,108 @@
-"""`vlm2vec encode`: items in, vectors out."""
+"""`vlm2vec encode`: items in, a folder of vectors out."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.commands import say
+from vlm2vec.commands import positive, say
+from vlm2vec.commands.loading import device_arguments, load_encoder, model_arguments, start_ranks
 from vlm2vec.errors import InputError
 
-HELP = """Embed items into a safetensors file with one unit row each.
+HELP = """Embed a corpus of any size into a folder of vectors.
 
-  vlm2vec encode runs/quickstart/model items.jsonl --to vectors.safetensors
-Each line of items.jsonl is {"text": ..., "image": ..., "instruction": ...}; a picture's path is relative to that file."""
+  vlm2vec encode runs/quickstart/model pictures --to vectors                a folder of pictures, found by content, with all below it
+  vlm2vec encode runs/quickstart/model items.jsonl --to vectors --query     lines of text, image, instruction, id
+  vlm2vec encode MODEL corpus --to vectors --workers 8 --autocast bf16      a folder of parquet or JSONL files
+  vlm2vec encode MODEL corpus --to vectors --dry-run                        how many items, shards and bytes
+  vlm2vec encode MODEL corpus --to vectors --precision int8 --dims 256      smaller vectors
+  accelerate launch --multi_gpu --num_processes 8 --module vlm2vec encode MODEL corpus --to vectors
+
+A picture is a path below the folder of the file, or the struct of bytes and path that image datasets have; a list of them is one item with
+several pictures. Killed, the same command goes on where it was. docs/encode.md describes the folder and how to read it."""
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    command.add_argument("model", help="a folder, a Hub id or builtin/<name>")
-    command.add_argument("items", help="a JSONL file")
-    command.add_argument("--to", required=True, help="the safetensors file to write")
-    command.add_argument("--adapter", help="an adapter folder on top of the model")
-    command.add_argument("--instruction", default="", help="instruction for items that bring none")
-    command.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    model_arguments(command)
+    command.add_argument("items", help="a folder of pictures, a .jsonl or .parquet file, or a folder of such files")
+    command.add_argument("--to", required=True, help="the folder to fill")
+    roles = command.add_mutually_exclusive_group()
+    roles.add_argument("--instruction", default="", help="instruction for items that bring none")
+    roles.add_argument("--query", action="store_true", help="use the query instruction that the model was saved with")
+    roles.add_argument("--target", action="store_true", help="use the target instruction that the model was saved with")
+    command.add_argument("--columns", nargs="+", type=_column, default=[], metavar="KEY=NAME", help="names in the files, as text=caption")
+    command.add_argument("--images", help="folder below which the paths of pictures lie (default: the folder of the file)")
+    command.add_argument("--precision", choices=["float32", "float16", "int8", "binary"], default="float32", help="how numbers are stored")
+    command.add_argument("--dims", type=positive, help="keep the first numbers only, at unit length (Matryoshka)")
+    command.add_argument("--format", choices=["safetensors", "numpy"], default="safetensors", help="files of the shards")
+    command.add_argument("--shard-items", type=positive, default=4096, help="items of a shard (default: 4096); a kill costs at most one")
+    command.add_argument("--skip-bad", action="store_true", help="leave out items that cannot be read and list them in skipped.jsonl")
+    command.add_argument("--dry-run", action="store_true", help="count, and encode nothing")
+    device_arguments(command)
+
+
+def _column(text: str) -> tuple[str, str]:
+    key, equals, name = text.partition("=")
+    if key not in ("id", "text", "image", "instruction") or not equals or not name:
+        raise argparse.ArgumentTypeError(f"must look like KEY=NAME with a KEY of id, text, image, instruction; got {text!r}")
+    return key, name
 
 
 def run(given: argparse.Namespace) -> None:
-    """Embed the items and write their vectors."""
-    from safetensors.torch import save_file
+    """Encode, and say what was made and how to load it."""
+    from vlm2vec import dist
+    from vlm2vec.bulk import encode_corpus
 
-    from vlm2vec.encoder import Encoder
+    if not Path(given.items).exists():
+        raise InputError(f"{given.items} not found")
+    if Path(given.to).suffix in (".safetensors", ".npy") or Path(given.to).is_file():
+        raise InputError(f"--to {given.to}: names a folder, which will hold shards; give it a name without a file's ending")
+    start_ranks(given)
+    encoder = load_encoder(given)
+    made = {"precision": given.precision, "dims": given.dims, "shard_items": given.shard_items, "columns": dict(given.columns)}
+    if given.dry_run:
+        _say_estimate(encoder, given, made)
+        return
+    manifest = encode_corpus(
+        encoder,
+        given.items,
+        given.to,
+        instruction=_instruction(encoder, given),
+        storage=given.format,
+        images=given.images,
+        skip_bad=given.skip_bad,
+        chunk_tokens=given.chunk_tokens,
+        workers=given.workers,
+        **made,
+    )
+    if dist.is_main():
+        _say_made(given.to, manifest)
 
-    items = read_items(Path(given.items))
-    encoder = Encoder.from_pretrained(given.model, given.adapter)
-    rows = encoder.encode(items, instruction=given.instruction, workers=given.workers, progress=True)
-    save_file({"embeddings": rows}, given.to)
-    say(f"wrote {rows.shape[0]} rows of {rows.shape[1]} to {given.to}; row i belongs to line i + 1 of {given.items}")
+
+def _instruction(encoder: Any, given: argparse.Namespace) -> str:
+    if given.query:
+        return encoder.query_instruction
+    return encoder.target_instruction if given.target else given.instruction
 
 
-def read_items(file: Path) -> list[Any]:
-    """Items of a JSONL file, pictures resolved against its folder. Raises InputError naming the line."""
-    from vlm2vec.encoder import as_item
+def _say_estimate(encoder: Any, given: argparse.Namespace, made: dict[str, Any]) -> None:
+    from vlm2vec import dist
+    from vlm2vec.bulk import estimate
 
-    if not file.is_file():
-        raise InputError(f"{file} not found")
-    items = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            items.append(as_item(_anchored(row, file.parent)))
-        except (json.JSONDecodeError, InputError) as error:
-            raise InputError(f"{file}:{number}: {error}; found {line[:80]!r}") from error
-    return items
+    if dist.is_main():
+        found = estimate(encoder, given.items, **made)
+        say(f"{found.items:,} items ({found.kind}) in {found.shards:,} shards of {given.shard_items:,}")
+        say(f"{found.bytes:,} bytes of {given.precision} rows, {found.dims} numbers each, and the ids; nothing was encoded or written")
 
 
-def _anchored(row: Any, folder: Path) -> Any:
-    if not isinstance(row, dict) or not row.get("image"):
-        return row
-    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    return {**row, "image": [folder / image if isinstance(image, str) else image for image in images]}
+def _say_made(folder: str, manifest: dict[str, Any]) -> None:
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    say(f"wrote    {manifest['rows']:,} rows of {manifest['dims']} numbers, {manifest['precision']}, {len(manifest['shards']):,} shards")
+    say(f"         {size:,} bytes in {folder}")
+    if manifest["skipped"]:
+        say(f"skipped  {manifest['skipped']:,} items that cannot be read; the reasons are in {Path(folder) / 'skipped.jsonl'}")
+    say("load     from vlm2vec import read_vectors")
+    say(f"         ids, rows = read_vectors({folder!r})")
+    say("         print(ids[0], rows[0], rows.shape)  # float32, read from disk as asked for; numpy.asarray(rows) is all of them")

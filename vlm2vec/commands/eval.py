@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.commands import positive, say
-from vlm2vec.errors import InputError
+from vlm2vec.commands.loading import device_arguments, load_encoder, model_arguments, start_ranks
 
 HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a report with pictures, what was retrieved for each query.
 
@@ -27,9 +27,7 @@ prompt or a weight and only what it touches is encoded anew. The results are <to
 
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    command.add_argument("model", help="a folder, a Hub id or builtin/<name>")
-    command.add_argument("--adapter", help="an adapter folder on top of the model")
-    command.add_argument("--revision", help="commit or tag of a model on the Hub")
+    model_arguments(command)
     command.add_argument("--suite", default="mini", help="a name under benchmarks/ or a datasets.yaml (default: mini)")
     command.add_argument("--root", help="folder of the suite's data (default: what the suite names)")
     command.add_argument("--subset", nargs="+", metavar="SET", help="only these sets")
@@ -44,12 +42,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--precisions", nargs="+", choices=["int8", "binary"], default=[], help="also score vectors stored in these precisions"
     )
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: the model's)")
-    command.add_argument("--autocast", choices=["fp32", "bf16"], default="fp32", help="number format of the forward pass (default: fp32)")
-    command.add_argument("--device", help="cpu, cuda or cuda:<n> (default: a GPU if there is one)")
-    command.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's model section, as positions=flat")
-    command.add_argument("--chunk-tokens", type=positive, default=32768, help="padded tokens of one forward (default: 32768)")
-    command.add_argument("--workers", type=int, default=0, help="processes that decode pictures ahead (default: 0)")
+    device_arguments(command)
     command.add_argument(
         "--allow-missing", action="store_true", help="report sets whose data is missing instead of stopping; withholds the means"
     )
@@ -75,8 +68,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 def run(given: argparse.Namespace) -> None:
     """Evaluate and write: results, predictions, report."""
-    from accelerate import PartialState
-
     from vlm2vec import dist
     from vlm2vec.evalsets import require_data
     from vlm2vec.evaluate import evaluate, load_suite
@@ -84,9 +75,9 @@ def run(given: argparse.Namespace) -> None:
     suite = load_suite(given.suite, given.root)
     require_data(suite)
     suite = suite.only(given.subset) if given.subset else suite  # a misspelt set is said before a model is loaded
-    PartialState(cpu=given.device == "cpu")  # starts the process group that a launcher asked for: from here on `dist` knows the ranks
+    start_ranks(given)
     evaluation = evaluate(
-        _encoder(given),
+        load_encoder(given),
         suite,
         Path(given.to) / "cache",
         limit=given.limit,
@@ -99,31 +90,6 @@ def run(given: argparse.Namespace) -> None:
     )
     if dist.is_main():
         _write(given, suite, evaluation)
-
-
-def _encoder(given: argparse.Namespace) -> Any:
-    from accelerate import PartialState
-
-    from vlm2vec.config import model_options
-    from vlm2vec.encoder import Encoder
-
-    device = _device(given.device) if given.device else PartialState().device
-    options = model_options(given.option) | ({"dtype": given.dtype} if given.dtype else {})
-    encoder = Encoder.from_pretrained(given.model, given.adapter, revision=given.revision, device=device, **options)
-    encoder.precision = given.autocast
-    return encoder
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this machine, or this build of torch, has no CUDA device; use --device cpu")
-    return device
 
 
 def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
