@@ -24,9 +24,10 @@ Grid = tuple[int, int]  # a text of L tokens is (1, L)
 class Linear:
     """A weight matrix applied to rows: `rows` is how many of them per row of its stack (1/4 behind a merger of 2 x 2 patches).
 
-    `reads` numbers the tensor it reads: layers with equal numbers share it. `rank` > 0 is a LoRA adapter (arXiv 2106.09685); `twice`
-    is DoRA (arXiv 2402.09353) behind dropout, which needs the frozen product of the dropped input too; `block` is recomputed when
-    activations are not kept; what is not `read` is computed forward and in vain.
+    `reads` numbers the tensor it reads: layers with equal numbers share it. `rank` > 0 is a LoRA adapter (arXiv 2106.09685), behind
+    `dropout` or not, and with the magnitudes of DoRA (arXiv 2402.09353) or not; `block` names the layer of the tower that it belongs to,
+    whose activations may be recomputed, and `role` its place there: query (keys and values too), out, up (the gate too) or down. What is not
+    `read` is computed forward and in vain.
     """
 
     inputs: int
@@ -36,8 +37,9 @@ class Linear:
     trained: bool = False
     rank: int = 0
     dora: bool = False
-    twice: bool = False
-    block: bool = True
+    dropout: bool = False
+    block: str = ""
+    role: str = ""
     read: bool = True
 
     @property
@@ -48,17 +50,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class Attention:
-    """Scores and their product with the values, all query heads together `width` wide; each patch sees `window` x `window`, 0: all.
+    """Scores and their product with the values, `heads` together `width` wide; each patch sees `window` x `window`, 0: all.
 
     `backward` is its cost over that of the forward: 2, or 2.5 in fused kernels, which make the scores again (Dao et al. 2022,
     arXiv 2205.14135).
     """
 
     width: int
+    heads: int = 1
     window: int = 0
     causal: bool = False
     backward: float = 2.5
-    block: bool = True
+    block: str = ""
     read: bool = True
 
 
@@ -68,7 +71,6 @@ class PerPicture:
 
     forward: int
     trained: bool = False
-    block: bool = False
 
 
 Op = Linear | Attention | PerPicture
@@ -155,19 +157,19 @@ class Stack:
 def _linear(op: Linear, rows: float, needed: bool, lean: bool) -> Cost:
     product = 2.0 * rows * op.inputs * op.outputs
     down, up = 2.0 * rows * op.inputs * op.rank, 2.0 * rows * op.outputs * op.rank
-    copies = 2 if op.twice and not lean else 1
+    copies = 2 if op.dora and op.dropout and not lean else 1  # the frozen product of the dropped input too
     norm = 2.0 * op.inputs * op.rank * (op.inputs + op.outputs) if op.dora and not lean else 0.0  # the adapter's product with the unit matrix
     forward = copies * product + down + up + norm
     to_inputs = (copies * product + down) * needed + up  # the adapter's inner gradient is needed always
     to_weights = product * op.trained + down + up
-    return Cost(forward, to_inputs * op.read, to_weights * op.read, forward * op.block)
+    return Cost(forward, to_inputs * op.read, to_weights * op.read, forward * bool(op.block))
 
 
 def _attention(op: Attention, load: Load, needed: bool, lean: bool) -> Cost:
     pairs = load.causal_pairs() if lean and op.causal else load.pairs(op.window)
     forward = 4.0 * op.width * pairs
     factor = 2.0 if lean else op.backward
-    return Cost(forward, factor * forward * needed * op.read, 0.0, forward * op.block)
+    return Cost(forward, factor * forward * needed * op.read, 0.0, forward * bool(op.block))
 
 
 @dataclass(frozen=True)

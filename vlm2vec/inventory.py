@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -107,32 +107,30 @@ class _Reader:
         if any(not _is_patching(module) for _, module in layers if not isinstance(module, nn.Linear)):
             yield PerPicture(self._by_running(), part in self.recipe.model.train)
             return
-        merge, pending, reads, block = self._merge(layers) if part == "projector" else 1.0, False, 0, ""
+        merge = self._merge(layers) if part == "projector" else 1.0
+        last = {_block(name): name for name, _ in layers}
+        reads, before = 0, ""
         for name, module in layers:
             inputs, outputs = _sizes(module)
-            query = _makes_queries(name)
-            if pending and not query:
-                yield Attention(inputs, self._window(name), self._causal(part), self._backward(), _in_block(name), self._read(name))
-                reads += 1
-            elif not (query and pending) and not (_fed_together(name, block)):
-                reads += 1
-            pending, block = query, name
-            yield self._linear(name, module, part, inputs, outputs, reads, merge)
+            after_queries = _makes_queries(before) and not _makes_queries(name)
+            if after_queries:
+                yield self._attention(inputs, name, part)
+            reads += not _read_together(before, name)
+            role = "query" if _makes_queries(name) else "out" if after_queries else "down" if name == last[_block(name)] else "up"
+            yield self._linear(name, module, part, Linear(inputs, outputs, reads, merge, block=_block(name), role=role))
+            before = name
 
-    def _linear(self, name: str, module: nn.Module, part: str, inputs: int, outputs: int, reads: int, merge: float) -> Linear:
-        options = self.lora if self.lora and self.adapted(name, module) else None
-        return Linear(
-            inputs,
-            outputs,
-            reads,
-            rows=merge,
-            trained=part in self.recipe.model.train,
-            rank=options.rank if options else 0,
-            dora=bool(options and options.dora),
-            twice=bool(options and options.dora and options.dropout),
-            block=_in_block(name),
-            read=self._read(name),
-        )
+    def _attention(self, width: int, name: str, part: str) -> Attention:
+        config = self.model.config.get_text_config() if part == "language" else getattr(self.model.config, "vision_config", None)
+        heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
+        fused = 2.0 if self.recipe.model.attention == "eager" else 2.5
+        return Attention(width, heads, self._window(name), self._causal(part), fused, _block(name), self._read(name))
+
+    def _linear(self, name: str, module: nn.Module, part: str, op: Linear) -> Linear:
+        trained, read = part in self.recipe.model.train, self._read(name)
+        if self.lora is None or not self.adapted(name, module):
+            return replace(op, trained=trained, read=read)
+        return replace(op, trained=trained, read=read, rank=self.lora.rank, dora=self.lora.dora, dropout=self.lora.dropout > 0)
 
     def entry(self, part: str) -> bool:
         """Whether the part is trained and holds something in front of its first product: a token table, a norm."""
@@ -213,9 +211,6 @@ class _Reader:
     def _causal(self, part: str) -> bool:
         return part == "language" and self.model.config.get_text_config().model_type not in BIDIRECTIONAL
 
-    def _backward(self) -> float:
-        return 2.0 if self.recipe.model.attention == "eager" else 2.5
-
     def _by_running(self) -> int:
         """Operations of one picture in a convolutional tower, counted by running it without data."""
         tower, edge = self.backbone.towers()[0], self.model.config.image_size
@@ -244,15 +239,18 @@ def _is_patching(module: Any) -> bool:
     return tuple(module.kernel_size) == tuple(module.stride) and module.groups == 1 and math.prod(module.kernel_size) > 1
 
 
-def _fed_together(name: str, before: str) -> bool:
-    """Whether two layers read the same tensor: the gate of an MLP and its companion."""
-    here, last = name.rpartition("."), before.rpartition(".")
-    return here[0] == last[0] and (last[2], here[2]) == ("gate_proj", "up_proj")
+def _read_together(before: str, name: str) -> bool:
+    """Whether two layers that follow each other read one tensor: queries, keys and values, or the gate of an MLP and its companion."""
+    if before.rpartition(".")[0] != name.rpartition(".")[0]:
+        return False
+    last, here = before.rpartition(".")[2], name.rpartition(".")[2]
+    return (_makes_queries(before) and _makes_queries(name)) or (last, here) == ("gate_proj", "up_proj")
 
 
-def _in_block(name: str) -> bool:
-    """Whether a layer belongs to a numbered block, whose activations checkpointing drops."""
-    return re.search(r"\.\d+\.", name) is not None
+def _block(name: str) -> str:
+    """The numbered layer of a tower that a name belongs to, whose activations checkpointing drops; "" outside of all."""
+    found = re.match(r"(.*\.\d+)\.", name)
+    return found[1] if found else ""
 
 
 def _adapter(op: Op) -> int:
