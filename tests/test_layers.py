@@ -13,13 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
-    ("strict_yaml", "schema", "config", "prompts", "pooling", "quantize", "ranking", "metrics", "paired", "losses", "gradcache", "replay"),
+    ("strict_yaml", "schema", "config", "prompts", "pooling", "quantize", "ranking", "metrics", "paired", "losses", "gradcache", "replay", "flops", "footprint", "devices"),
     ("data", "collate", "backbones", "batch", "cache", "suite", "composition"),
-    ("lora", "encoder", "engines", "checkpoint"),
+    ("lora", "encoder", "engines", "checkpoint", "inventory"),
     (
         "step",
         "trainer",
         "plan",
+        "estimate",
+        "workload",
         "evalsets",
         "fill",
         "scoring",

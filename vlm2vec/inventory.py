@@ -41,7 +41,9 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A model as a recipe trains it. `sharded`: parameters in the layers and the token table of the language model."""
+    """A model as a recipe trains it. `sharded`: parameters in the layers and the token table of the language model; `tower_outputs`: how
+    many tensors of states the vision tower gives, of which a replay keeps all.
+    """
 
     stacks: tuple[Stack, ...]
     parameters: dict[str, Parameters]
@@ -51,6 +53,7 @@ class Inventory:
     layers: int
     sharded: int
     largest_layer: int
+    tower_outputs: int
 
     @property
     def total(self) -> int:
@@ -86,6 +89,7 @@ def take(backbone: Backbone, recipe: Recipe) -> Inventory:
         layers=len(layers),
         sharded=sum(sizes) + tokens,
         largest_layer=max([*sizes, 0]),
+        tower_outputs=1 + vision.num_hidden_layers if hasattr(config, "vision_feature_layer") else 1,
     )
 
 
