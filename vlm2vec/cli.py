@@ -1,4 +1,4 @@
-"""`vlm2vec train | eval | compare | encode | data | keys`: arguments in, exit codes out. The work is done elsewhere."""
+"""`vlm2vec train | estimate | eval | compare | encode | data | keys`: arguments in, exit codes out. The work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Sequence
 
 from vlm2vec import log
-from vlm2vec.commands import compare, data, encode, eval, keys, train
+from vlm2vec.commands import compare, data, encode, estimate, eval, keys, train
 from vlm2vec.errors import Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
 130 or 143 interrupted after saving (run the same command to go on)"""
 COMMANDS = {
     "train": (train, "train, evaluate and report from a recipe"),
+    "estimate": (estimate, "say what a recipe costs on a GPU that is not at hand"),
     "eval": (eval, "score a model on a benchmark suite"),
     "compare": (compare, "compare evaluations, query by query"),
     "encode": (encode, "embed a corpus: pictures, JSONL or parquet"),
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of one command; overrides may stand before and after options, which argparse alone does not allow behind a sub-command."""
     whole = parser()
     given, rest = whole.parse_known_args(argv)
-    if rest and (given.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (given.command not in ("train", "estimate") or any(word.startswith("-") for word in rest)):
         whole.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         given.overrides += rest

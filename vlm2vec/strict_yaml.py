@@ -39,6 +39,13 @@ class Node:
     where: str
 
 
+def plain(node: Node) -> Any:
+    """The tree without its places: scalars, lists and dicts."""
+    if isinstance(node.value, dict):
+        return {key: plain(child) for key, child in node.value.items()}
+    return [plain(child) for child in node.value] if isinstance(node.value, list) else node.value
+
+
 # ---------------------------------------------------------------------------------------------------------------- text to nodes
 
 

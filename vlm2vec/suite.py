@@ -122,7 +122,7 @@ def load_suite(name_or_path: str | Path, root: str | Path | None = None) -> Suit
     `benchmarks/` is looked for in the current folder and beside the package. `root` is the folder of the data; None means the one the suite
     names, looked for beside its file, in the current folder and in `data/`. Raises DataError naming the file and the row.
     """
-    file = _find(str(name_or_path))
+    file = suite_file(str(name_or_path))
     data = file.read_bytes()
     try:
         sheet = build(_Sheet, parse(data, str(file)))
@@ -170,7 +170,7 @@ def _violations(sheet: _Sheet) -> Iterable[str]:
                 yield f"sets[{index}] ({spec.name}): {count} must be >= 1, got {getattr(spec, count)}"
 
 
-def _find(name: str) -> Path:
+def suite_file(name: str) -> Path:
     """The `datasets.yaml` meant by a path or a name; `builtin/tiny` is made on the spot."""
     if name == TINY_ROOT:
         return tiny_root(()).parent / FILE

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlm2vec.backbones.base import Backbone
     from vlm2vec.config import ModelConfig
 
-__all__ = ["load_backbone", "registry", "resolve"]
+__all__ = ["family_of", "load_backbone", "registry", "resolve"]
 
 
 def registry() -> dict[str, type[Backbone]]:
@@ -50,10 +50,10 @@ def load_backbone(options: ModelConfig) -> Backbone:
     model_type = stated or options.family
     if not model_type:
         raise ModelError(f"{folder / 'config.json'}: no model_type; name it in model.family ({', '.join(sorted(registry()))})")
-    return _family(model_type, options).load(folder, options)
+    return family_of(model_type, options).load(folder, options)
 
 
-def _family(model_type: str, options: ModelConfig) -> type[Backbone]:
+def family_of(model_type: str, options: ModelConfig) -> type[Backbone]:
     """The class for a model type: a family of ours, or inference for what transformers or trusted code knows."""
     families = registry()
     if model_type in families:
