@@ -26,7 +26,9 @@ from vlm2vec.io import verify_manifest
 from vlm2vec.trainer import RECIPE
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
 HTML = b"<!DOCTYPE html><html><head><title>404</title></head></html>"
 Harm = Callable[[Path, Path], None]  # the folder, and a canary file that must never appear
 
@@ -283,7 +285,7 @@ HOSTILE: dict[str, Harm] = {
     "missing-key": weights(lambda table: {name: table[name] for name in sorted(table)[1:]}),
     "half-the-keys": weights(lambda table: {name: table[name] for name in sorted(table)[::2]}),
     "extra-key": weights(lambda table: table | {"base_model.model.evil.weight": torch.zeros(2)}),
-    "renamed": weights(lambda table: {name.replace("base_model.model.", "base_model.model.model."): value for name, value in table.items()}),
+    "renamed": weights(lambda table: {name.replace("model.", "model.model.", 1): value for name, value in table.items()}),
     "no-tensors": weights(lambda table: {}),
     "other-kind": settings(CONFIG, peft_type="IA3"),
     "no-such-base": settings("vlm2vec.json", base={"path": "/nowhere/at/all", "revision": None}),
@@ -339,11 +341,13 @@ STATE: dict[str, Harm] = {
 }
 
 
-# Until checkpoint.restore checks what it reads as strictly as adapters are read; its manifest was forged, so no accident comes here.
+# Until checkpoint.restore reads the training state as strictly as adapters are read. Only a forged manifest leads there, no accident.
 TRUSTED = [name for name in STATE if name not in ("state-not-json", "state-of-the-future", "optimizer-extra", "optimizer-nan", "loss-nan")]
 
+OWED = pytest.mark.xfail(strict=False, reason="taken on trust when the manifest was forged to fit")
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.xfail(strict=False)] if name in TRUSTED else []) for name in STATE])
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OWED if name in TRUSTED else ()) for name in STATE])
 def test_a_hostile_state_is_refused(name: str, folder: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
     STATE[name](folder, tmp_path / "canary")
     with pytest.raises(Vlm2VecError) as caught:
