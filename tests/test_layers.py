@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
+import pickle
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from vlm2vec.errors import Vlm2VecError
 
 ROOT = Path(__file__).parents[1]
 LAYERS = tuple(
@@ -131,6 +136,64 @@ def test_only_backbones_name_a_model_family(path: Path) -> None:
         return
     text = re.sub(r"builtin/[\w-]+", "", path.read_text("utf-8"))  # the name of a checkpoint, as help texts show it
     assert not re.findall(FAMILIES, text, re.IGNORECASE)
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.canary),)
+
+
+def test_no_reader_runs_what_it_is_given(tmp_path: Path) -> None:
+    """The same as an experiment: a pickle under every name that is ever read, to every public reader. The bomb itself works."""
+    from vlm2vec import Encoder, io, results, suite
+    from vlm2vec.backbones import load_backbone
+    from vlm2vec.cache import EmbeddingCache
+    from vlm2vec.config import ModelConfig, load_recipe
+    from vlm2vec.data.images import load_image
+    from vlm2vec.data.readers import Column, read_rows
+    from vlm2vec.data.types import ImageRef
+
+    canary = tmp_path / "canary"
+    bombs = [pickle.dumps(Bomb(canary), protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    pickle.loads(bombs[0])
+    canary.rmdir()
+    names = [
+        *("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json", "adapter_model.safetensors"),
+        *("adapter_model.bin", "vlm2vec.json", "state.json", "optimizer.safetensors", "manifest.json", "datasets.yaml", "r.yaml"),
+        *("a.jsonl", "a.parquet", "a.png", "results.json", "predictions.jsonl"),
+    ]
+    readers: list[Callable[[Path], object]] = [
+        lambda here: Encoder.from_pretrained(here),
+        lambda here: Encoder.from_pretrained("builtin/tiny-qwen2_vl", adapter=here),
+        lambda here: load_backbone(ModelConfig(path=str(here))),
+        lambda here: load_recipe(here / "r.yaml"),
+        lambda here: suite.load_suite(here),
+        lambda here: results.read(here / "results.json"),
+        lambda here: io.verify_manifest(here),
+        lambda here: io.read_json(here / "state.json"),
+        lambda here: io.read_jsonl(here / "predictions.jsonl"),
+        lambda here: load_image(ImageRef(here / "a.png")),
+        *(lambda here, kind=kind: read_rows([here / f"a.{kind}"], [Column("q")]) for kind in ("jsonl", "parquet")),
+    ]
+    for number, bomb in enumerate(bombs):
+        here = tmp_path / str(number)
+        here.mkdir()
+        for name in names:
+            (here / name).write_bytes(bomb)
+        for read in readers:
+            with contextlib.suppress(Vlm2VecError):  # a reader of lines may take it for a torn last line
+                read(here)
+        cache = EmbeddingCache(here / "cache", "model")
+        cache.directory.mkdir(parents=True)
+        for suffix in ("json", "safetensors"):
+            (cache.directory / f"shard.{suffix}").write_bytes(bomb)
+        cache.refresh()
+    assert not canary.exists()
 
 
 def tracked() -> list[Path]:

@@ -15,7 +15,7 @@ from vlm2vec.backbones.shapes import shape_of
 from vlm2vec.config import Recipe
 from vlm2vec.devices import Device, facts
 from vlm2vec.errors import RecipeError
-from vlm2vec.flops import Chunk, Linear, Stack, chunk_cost, step_cost, useful_cost
+from vlm2vec.flops import Chunk, Linear, Stack, step_cost, useful_cost
 from vlm2vec.footprint import WIDTH, Numbers, activations, scratch
 from vlm2vec.inventory import Inventory, take
 from vlm2vec.workload import Looker, Workload, workload

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +19,6 @@ from vlm2vec.backbones.base import Backbone
 from vlm2vec.config import Recipe
 from vlm2vec.flops import Attention, Linear, Op, PerPicture, Stack
 from vlm2vec.lora import target_patterns
-from vlm2vec.replay import leading_frozen
 
 PARTS = ("vision", "projector", "language")
 # Last name components of the layers that make queries, keys and values; the layer after them reads what attention gives.

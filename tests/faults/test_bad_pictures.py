@@ -99,7 +99,9 @@ def test_a_run_with_bad_pictures_is_the_run_on_replaced_rows(
     listed = read_jsonl(tmp_path / "a" / FILE)
     assert sorted(entry["id"] for entry in listed) == sorted(f"{source}:{index}" for source in bad for index in bad[source])
     assert next(entry["replaced_by"] for entry in listed if entry["id"] == "one:299") == "one:0"
-    tally("F12", "damaged pictures, data.bad_pictures=skip", "the log bit for bit that of rows replaced beforehand; each listed once", 2 * BAD)
+    tally(
+        "F12", "damaged pictures, data.bad_pictures=skip", "the log bit for bit that of rows replaced beforehand; each listed once", 2 * BAD
+    )
 
 
 def tensors(run_dir: Path) -> dict[str, list]:

@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from tests.faults.common import light_recipe, reseal
 from tests.runs import start_run
 from vlm2vec import checkpoint
+from vlm2vec.backbones.builtin import builtin_checkpoint
 from vlm2vec.encoder import Encoder
-from vlm2vec.errors import CheckpointError, Vlm2VecError
+from vlm2vec.errors import CheckpointError, ModelError, Vlm2VecError
 from vlm2vec.io import verify_manifest
 from vlm2vec.trainer import RECIPE
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
 HTML = b"<!DOCTYPE html><html><head><title>404</title></head></html>"
 Harm = Callable[[Path, Path], None]  # the folder, and a canary file that must never appear
 
@@ -216,20 +219,6 @@ def zip_bomb(folder: Path, canary: Path) -> None:
     (folder / ADAPTER).write_bytes(data.getvalue())
 
 
-def remote_code(folder: Path, canary: Path) -> None:
-    """A model that ships code, and settings beside it that say to trust it."""
-    (folder / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
-    config = {"model_type": "evil", "auto_map": {"AutoConfig": "modeling_evil.C", "AutoModelForImageTextToText": "modeling_evil.M"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    base = {"path": str(folder), "revision": None}
-    settings("vlm2vec.json", base=base, model={"trust_remote_code": True})(folder, canary)
-
-
-def untrusted_code(folder: Path, canary: Path) -> None:
-    remote_code(folder, canary)
-    settings("vlm2vec.json", model={})(folder, canary)
-
-
 def linked(name: str, target: str) -> Harm:
     def harm(folder: Path, canary: Path) -> None:
         (folder / name).unlink()
@@ -249,8 +238,6 @@ HOSTILE: dict[str, Harm] = {
     "torch-renamed": torch_saved(ADAPTER, True),
     "numpy-objects": numpy_objects,
     "zip-bomb": zip_bomb,
-    "remote-code": remote_code,
-    "untrusted-code": untrusted_code,
     "foreign-setting": settings("vlm2vec.json", model={"path": "/etc"}),
     "setting-of-another-type": settings("vlm2vec.json", model={"max_tokens": "many"}),
     "setting-out-of-range": settings("vlm2vec.json", model={"max_tokens": -1}),
@@ -283,7 +270,7 @@ HOSTILE: dict[str, Harm] = {
     "missing-key": weights(lambda table: {name: table[name] for name in sorted(table)[1:]}),
     "half-the-keys": weights(lambda table: {name: table[name] for name in sorted(table)[::2]}),
     "extra-key": weights(lambda table: table | {"base_model.model.evil.weight": torch.zeros(2)}),
-    "renamed": weights(lambda table: {name.replace("base_model.model.", "base_model.model.model."): value for name, value in table.items()}),
+    "renamed": weights(lambda table: {name.replace("model.", "model.model.", 1): value for name, value in table.items()}),
     "no-tensors": weights(lambda table: {}),
     "other-kind": settings(CONFIG, peft_type="IA3"),
     "no-such-base": settings("vlm2vec.json", base={"path": "/nowhere/at/all", "revision": None}),
@@ -319,6 +306,19 @@ def test_a_hostile_checkpoint_is_refused(name: str, folder: Path, tmp_path: Path
     assert not canary.exists() and not [module for module in sys.modules if "evil" in module]
 
 
+@pytest.mark.parametrize("model", [{"trust_remote_code": True}, {"trust_remote_code": True, "revision": "0" * 40}, {}])
+def test_settings_beside_a_model_cannot_turn_on_its_code(model: dict, tmp_path: Path, tally: Callable[..., None]) -> None:
+    folder, canary = Path(shutil.copytree(builtin_checkpoint("tiny-smolvlm"), tmp_path / "model")), tmp_path / "canary"
+    (folder / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\nclass C: ...\nclass M: ...\n")
+    code = {"AutoConfig": "modeling_evil.C", "AutoModelForImageTextToText": "modeling_evil.M"}
+    settings("config.json", model_type="evil", auto_map=code)(folder, canary)
+    (folder / "vlm2vec.json").write_text(json.dumps({"format": 1, "model": model}))
+    with pytest.raises(ModelError, match="trust_remote_code|revision is no setting"):
+        Encoder.from_pretrained(folder)
+    assert not canary.exists()
+    tally("F4", "a model with code, and settings beside it that say to trust it", "refused; nothing executed", 1)
+
+
 STATE: dict[str, Harm] = {
     "state-not-json": replace_with("state.json", b"{"),
     "state-without-step": replace_with("state.json", b'{"format": 1}'),
@@ -339,11 +339,13 @@ STATE: dict[str, Harm] = {
 }
 
 
-# Until checkpoint.restore checks what it reads as strictly as adapters are read; its manifest was forged, so no accident comes here.
+# Until checkpoint.restore reads the training state as strictly as adapters are read. Only a forged manifest leads there, no accident.
 TRUSTED = [name for name in STATE if name not in ("state-not-json", "state-of-the-future", "optimizer-extra", "optimizer-nan", "loss-nan")]
 
+OWED = pytest.mark.xfail(strict=False, reason="taken on trust when the manifest was forged to fit")
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.xfail(strict=False)] if name in TRUSTED else []) for name in STATE])
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OWED if name in TRUSTED else ()) for name in STATE])
 def test_a_hostile_state_is_refused(name: str, folder: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
     STATE[name](folder, tmp_path / "canary")
     with pytest.raises(Vlm2VecError) as caught:

@@ -65,13 +65,17 @@ def test_spoiled_recipes(count: int, tmp_path: Path, trials: Callable, tally: Ca
     tally("F11", "shipped recipes with one line spoiled", "RecipeError with the file, mostly the line, in under a second", count)
 
 
-TAIL = "model: {path: builtin/tiny-qwen2_vl}\nlora: {rank: 4}\ndata: {root: x, sources: [{name: a}]}\ntrain: {steps: 9, global_batch: 8, lr: 1}\n"
+TAIL = """model: {path: builtin/tiny-qwen2_vl}
+lora: {rank: 4}
+data: {root: x, sources: [{name: a}]}
+train: {steps: 9, global_batch: 8, lr: 1}
+"""
 TRAPS = [
-    "!!python/object/apply:os.system ['touch canary']", "!!python/object/new:os.system [touch]", "!!python/name:os.system", "!!python/module:os",
-    "!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!timestamp 2026-01-01", "!include /etc/passwd", "!env HOME", "&a [*a]", "&a {b: *a}", "*nowhere",
-    "<<: {steps: 1}", "? [complex, key] : 1", "{a: 1, a: 2}", "[" * 30, "{" * 30, "{a: " * 25 + "1" + "}" * 25, "'open", '"open', "\x00", "\x07",
-    "\x1b[31m", "\u2028x: 1", "'\\ud800'", '"\\ud800"', "|\n  text", ">\n  text", "%YAML 9.9", "%TAG ! tag:x,2000:", "@reserved", "`reserved`",
-    "0o777", "0b1", "1:30:45", "~", "=", "[1, 2", "- - - 1",
+    "!!python/object/apply:os.system ['touch canary']", "!!python/object/new:os.system [touch]", "!!python/name:os.system",
+    "!!python/module:os", "!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!timestamp 2026-01-01", "!include /etc/passwd", "!env HOME",
+    "&a [*a]", "&a {b: *a}", "*nowhere", "<<: {steps: 1}", "? [complex, key] : 1", "{a: 1, a: 2}", "[" * 30, "{" * 30,
+    "{a: " * 25 + "1" + "}" * 25, "'open", '"open', "\x00", "\x07", "\x1b[31m", "\u2028x: 1", "'\\ud800'", '"\\ud800"', "|\n  text",
+    ">\n  text", "%YAML 9.9", "%TAG ! tag:x,2000:", "@reserved", "`reserved`", "0o777", "0b1", "1:30:45", "~", "=", "[1, 2", "- - - 1",
 ]  # fmt: skip
 
 

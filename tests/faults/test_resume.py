@@ -44,7 +44,9 @@ def test_resumed_at_every_step(tmp_path: Path, tally: Callable[..., None]) -> No
     expected = whole_run(tmp_path / "whole", **options)
     for cut in range(STEPS):
         run_dir = tmp_path / f"cut-{cut}"
-        shutil.copytree(tmp_path / "whole", run_dir, ignore=shutil.ignore_patterns(*(f"step-{step:06d}" for step in range(cut + 1, STEPS + 1))))
+        shutil.copytree(
+            tmp_path / "whole", run_dir, ignore=shutil.ignore_patterns(*(f"step-{step:06d}" for step in range(cut + 1, STEPS + 1)))
+        )
         assert len(checkpoint.steps(run_dir)) == cut
         assert exit_code(forked_run(light_recipe(run_dir, **options))) == 0
         assert final_bytes(run_dir) == expected, f"resumed after step {cut}"

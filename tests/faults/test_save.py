@@ -51,7 +51,12 @@ def test_killed_at_every_point_of_a_save(save: str, few: bool, tmp_path: Path, t
             run_dir = saver.copy()
             assert saver.attempt(run_dir, f"*:{number}:kill") == -signal.SIGKILL, f"at {passed[number - 1]}: {saver.said(run_dir)}"
             check_after(saver, run_dir, SAVES[save])
-        tally("F2", f"kill -9 at every named point of a {save} save", "the newest whole checkpoint found; the next save succeeds", len(numbers))
+        tally(
+            "F2",
+            f"kill -9 at every named point of a {save} save",
+            "the newest whole checkpoint found; the next save succeeds",
+            len(numbers),
+        )
 
     at_save(tmp_path / "run", SAVES[save], kill_all)
 
@@ -69,7 +74,12 @@ def test_refused_at_every_point_of_a_save(kind: str, few: bool, tmp_path: Path, 
                 assert code == 4 and "EnvError: cannot write" in saver.said(run_dir), (number, code, saver.said(run_dir))
             assert not list(run_dir.glob(".step-*")), "a save that could clean up did not"
             check_after(saver, run_dir, 3)
-        tally("F3", f"{kind.upper()} at every named point of a save", "exit code 4 naming file and space, or a warning while pruning; the run goes on from it", len(numbers))
+        tally(
+            "F3",
+            f"{kind.upper()} at every named point of a save",
+            "exit code 4 naming file and space, or a warning while pruning; the run goes on from it",
+            len(numbers),
+        )
 
     at_save(tmp_path / "run", 3, refuse_all)
 

@@ -87,7 +87,9 @@ def test_a_signal_in_any_phase(phase: str, number: signal.Signals, expected: byt
 
 
 @pytest.mark.parametrize("number", [NUMBERS[0], *(pytest.param(number, marks=pytest.mark.faults) for number in NUMBERS[1:])])
-def test_a_signal_to_the_whole_group_with_workers(number: signal.Signals, expected: bytes, tmp_path: Path, tally: Callable[..., None]) -> None:
+def test_a_signal_to_the_whole_group_with_workers(
+    number: signal.Signals, expected: bytes, tmp_path: Path, tally: Callable[..., None]
+) -> None:
     """As a terminal or a scheduler sends it: the loader workers get it too."""
     recipe = recipe_for(tmp_path / "run", "wait", workers=2)
     child = run_child(recipe, lambda: os.setpgid(0, 0))

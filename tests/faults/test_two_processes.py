@@ -29,7 +29,14 @@ def launch(run_dir: Path) -> list[int]:
 
     def member(rank: int) -> None:
         torch.set_num_threads(1)
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        group = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": RANKS,
+            "LOCAL_WORLD_SIZE": RANKS,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         os.environ.update({name: str(value) for name, value in group.items()}, GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true")
         leave_as_the_command_line(lambda: pipeline.run(light_recipe(run_dir)))
 
