@@ -33,6 +33,7 @@ from vlm2vec.data.images import DECODE_VERSION
 from vlm2vec.data.items import Corpus, Row, item_of, scan
 from vlm2vec.engines.together import ending_together
 from vlm2vec.errors import DataError, InputError, NonFiniteError
+from vlm2vec.signals import StopSignal
 from vlm2vec.vectors import FORMAT, KIND, LISTING, Layout, Shard, VectorFolder, shards_of
 
 SHARD_ITEMS = 4096
@@ -68,13 +69,15 @@ def encode_corpus(
     chunk_tokens: int = 32768,
     workers: int = 0,
     progress: bool | None = None,
+    stop: StopSignal | None = None,
 ) -> dict[str, Any]:
     """Encode the items of `source` (see `data.items`) into the folder `to` (see `vectors`); returns the manifest.
 
     The same call goes on where an earlier one was stopped; shards that are there are not encoded again. Of several ranks, rank r encodes
     the shards r, r + world, ... `skip_bad` leaves out a row that cannot be read, with the reason in skipped.jsonl, where DataError naming
     file and row would end the call. Raises InputError where `to` holds other work, naming the field that differs, RunLockedError while
-    another process fills it, EnvError when the disk refuses, NonFiniteError for an embedding that is none.
+    another process fills it, EnvError when the disk refuses, NonFiniteError for an embedding that is none, Interrupted once `stop` was
+    signalled.
     """
     folder = Path(to)
     with ending_together(), io.run_lock(folder) if dist.is_main() else nullcontext():
@@ -83,7 +86,7 @@ def encode_corpus(
         shards = shards_of(len(corpus), shard_items)
         mine = shards[dist.rank() :: dist.world_size()]
         todo = [shard for shard in mine if not store.finished(shard)]
-        job = _Job(encoder, corpus, store, instruction, skip_bad, chunk_tokens, workers)
+        job = _Job(encoder, corpus, store, instruction, skip_bad, chunk_tokens, workers, stop)
         job.run(todo, sum(shard.items for shard in mine), progress)
         dist.barrier()
         if dist.is_main():
@@ -170,6 +173,7 @@ class _Job:
     skip_bad: bool
     chunk_tokens: int
     workers: int
+    stop: StopSignal | None
 
     def run(self, todo: Sequence[Shard], items: int, progress: bool | None) -> None:
         """Encode and publish the shards of this rank; `items` counts those of finished ones too."""
@@ -187,6 +191,8 @@ class _Job:
                     ids += [outcome.id for outcome in kept]
                     rows.append(self.embed(kept))
                     bar.update(len(window))
+                    if self.stop is not None and self.stop.requested:
+                        raise self.stop.interrupted(f"stopped in {shard.name}; run the same command to go on, from the last whole shard")
                 self.store.put(shard, ids, np.concatenate(rows), skipped)
                 left = (time.monotonic() - started) / count * (len(todo) - count)
                 logger.info("%s: %d items, %d of %d shards, about %.0f s left", shard.name, len(ids), count, len(todo), left)
@@ -209,7 +215,9 @@ class _Job:
         if not kept:
             return np.empty((0, self.encoder.backbone.hidden_size), np.float32)
         try:
-            rows = self.encoder.embed_features([outcome.features.as_tensors() for outcome in kept if outcome.features is not None], self.chunk_tokens)
+            rows = self.encoder.embed_features(
+                [outcome.features.as_tensors() for outcome in kept if outcome.features is not None], self.chunk_tokens
+            )
         except NonFiniteError as error:
             raise NonFiniteError(f"between {kept[0].row.place} and {kept[-1].row.place}: {error}") from None
         return np.asarray(rows, dtype=np.float32)
