@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 from tests.corpora import DIMS, Hashing, content, expected, jsonl, paint, rows_by_id, texts
 from vlm2vec import Encoder, bulk, io
 from vlm2vec.bulk import ahead, encode_corpus, estimate
-from vlm2vec.errors import DataError, EnvError, InputError, NonFiniteError, RunLockedError
+from vlm2vec.errors import DataError, EnvError, InputError, Interrupted, NonFiniteError, RunLockedError
+from vlm2vec.signals import StopSignal
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 
@@ -46,6 +49,15 @@ def test_every_item_gets_its_own_row(tmp_path: Path, workers: int, storage: str)
     assert np.array_equal(found["both"], expected("<|image_1|>\n<|image_2|>\nOwn: two\n", RED, BLUE))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_are_other_processes(tmp_path: Path, workers: int) -> None:
+    encoder, here = Hashing(), []
+    original = encoder.processor.features
+    encoder.processor.features = lambda *given: here.append(1) or original(*given)
+    encode(texts(tmp_path / "c.jsonl", 6), tmp_path / "v", encoder, workers=workers)
+    assert len(here) == (0 if workers else 6)
+
+
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
     for name, colour in {"a.png": RED, "sub/b": GREEN, "sub/c.png": BLUE}.items():
         paint(tmp_path / "in" / name, colour)
@@ -54,6 +66,8 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     found = rows_by_id(tmp_path / "in" / "vectors")
     assert list(found) == ["a.png", "sub/b", "sub/c.png"] and np.array_equal(found["sub/b"], expected("<|image_1|>\n", GREEN))
     before = content(tmp_path / "in" / "vectors")
+    assert [json.loads(line)["path"] for line in before["pictures.jsonl"].splitlines()] == list(found)
+    assert not any(name.startswith(".") for name in before)
     again = Hashing()
     encode(tmp_path / "in", tmp_path / "in" / "vectors", again, shard_items=2)
     assert again.encoded == 0 and content(tmp_path / "in" / "vectors") == before
@@ -84,19 +98,20 @@ def test_windows_do_not_change_a_row_and_bound_what_is_held(tmp_path: Path, monk
 
 
 def test_ahead_gives_the_same_values_one_early() -> None:
-    taken: list[int] = []
+    fetched = [threading.Event() for _ in range(4)]
 
     def counting() -> Any:
-        for value in range(4):
-            taken.append(value)
+        for value, event in enumerate(fetched):
+            event.set()
             yield value
         raise DataError("behind the last")
 
     seen = []
     with pytest.raises(DataError, match="behind the last"):
         for value in ahead(counting()):
+            assert value == 3 or fetched[value + 1].wait(10)
             seen.append(value)
-    assert seen == taken == [0, 1, 2, 3]
+    assert seen == [0, 1, 2, 3]
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------------------------
@@ -147,6 +162,30 @@ def test_killed_again_and_again_it_still_ends(tmp_path: Path, forked: Callable[.
         assert code == -9 and kills < 10
     found = {name: data for name, data in content(tmp_path / "v").items() if not name.endswith(".tmp")}
     assert kills >= 2 and found == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_between_windows(
+    tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch, forked: Callable[..., int]
+) -> None:
+    source, original = texts(tmp_path / "c.jsonl", 10), Hashing.embed_features
+
+    def signalled(self: Hashing, window: Any, chunk: int) -> Any:
+        if self.encoded == 4:
+            os.kill(os.getpid(), number)
+        return original(self, window, chunk)
+
+    def stopped() -> None:
+        with StopSignal() as stop, pytest.raises(Interrupted, match="stopped in part-00001; run the same command") as caught:
+            encode(source, tmp_path / "v", stop=stop)
+        os._exit(caught.value.exit_code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hashing, "embed_features", signalled)
+        assert forked(stopped) == code
+    encoder = Hashing()
+    encode(source, tmp_path / "v", encoder)
+    assert encoder.encoded == 6
 
 
 @pytest.mark.parametrize("point", ["after-write:1", "after-write:4", "before-rename:3", "before-fsync:7", "after-write:12"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,13 @@ def test_a_folder_of_a_newer_format_or_an_adapter_without_its_part_is_refused(tm
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="adapter_model.safetensors: not found, and no adapter_model.bin"):
         Encoder.from_pretrained(tmp_path)
+
+
+def test_workers_hold_no_file_open_for_an_item() -> None:
+    """A window of 300 items, each two tensors or more, in a process that may have 128 files open."""
+    code = (
+        "import resource; from vlm2vec import Encoder; encoder = Encoder.from_pretrained('builtin/tiny-qwen2_vl', device='cpu');"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); print(encoder.encode([f'{n}' for n in range(300)], workers=2).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert done.stdout.strip() == "torch.Size([300, 32])", done.stderr[-2000:]

@@ -229,3 +229,15 @@ def test_the_manifest_counts_and_lists(tmp_path: Path) -> None:
     assert sorted(found["files"]) == [
         "part-00000.ids.jsonl", "part-00000.safetensors", "part-00001.ids.jsonl", "part-00001.safetensors", "skipped.jsonl",
     ]  # fmt: skip
+
+
+def test_a_receipt_that_was_changed_or_is_of_another_plan_does_not_count(tmp_path: Path) -> None:
+    store, other = filled(tmp_path / "v", unit(4)), filled(tmp_path / "w", unit(4), model={"fingerprint": "other"})
+    shard = shards_of(4, 4)[0]
+    file = tmp_path / "v" / "part-00000.json"
+    own = file.read_text()
+    for content in (own.replace('"rows": 4', '"rows": 3'), "[]", "{}", (other.folder / "part-00000.json").read_text()):
+        file.write_text(content)
+        assert not store.finished(shard)
+    file.write_text(own)
+    assert store.finished(shard)

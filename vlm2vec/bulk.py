@@ -33,6 +33,7 @@ from vlm2vec.data.images import DECODE_VERSION
 from vlm2vec.data.items import Corpus, Row, item_of, scan
 from vlm2vec.engines.together import ending_together
 from vlm2vec.errors import DataError, InputError, NonFiniteError
+from vlm2vec.signals import StopSignal
 from vlm2vec.vectors import FORMAT, KIND, LISTING, Layout, Shard, VectorFolder, shards_of
 
 SHARD_ITEMS = 4096
@@ -48,14 +49,8 @@ class Outcome:
 
     row: Row  # without its values
     id: str | int
-    features: Features | None
+    features: Features | None  # as arrays
     reason: str = ""
-
-    @property
-    def bytes(self) -> int:
-        if self.features is None:
-            return 0
-        return self.features.input_ids.nbytes + sum(tensor.nbytes for image in self.features.images for tensor in image.values())
 
 
 def encode_corpus(
@@ -74,13 +69,15 @@ def encode_corpus(
     chunk_tokens: int = 32768,
     workers: int = 0,
     progress: bool | None = None,
+    stop: StopSignal | None = None,
 ) -> dict[str, Any]:
     """Encode the items of `source` (see `data.items`) into the folder `to` (see `vectors`); returns the manifest.
 
     The same call goes on where an earlier one was stopped; shards that are there are not encoded again. Of several ranks, rank r encodes
     the shards r, r + world, ... `skip_bad` leaves out a row that cannot be read, with the reason in skipped.jsonl, where DataError naming
     file and row would end the call. Raises InputError where `to` holds other work, naming the field that differs, RunLockedError while
-    another process fills it, EnvError when the disk refuses, NonFiniteError for an embedding that is none.
+    another process fills it, EnvError when the disk refuses, NonFiniteError for an embedding that is none, Interrupted once `stop` was
+    signalled.
     """
     folder = Path(to)
     with ending_together(), io.run_lock(folder) if dist.is_main() else nullcontext():
@@ -89,7 +86,7 @@ def encode_corpus(
         shards = shards_of(len(corpus), shard_items)
         mine = shards[dist.rank() :: dist.world_size()]
         todo = [shard for shard in mine if not store.finished(shard)]
-        job = _Job(encoder, corpus, store, instruction, skip_bad, chunk_tokens, workers)
+        job = _Job(encoder, corpus, store, instruction, skip_bad, chunk_tokens, workers, stop)
         job.run(todo, sum(shard.items for shard in mine), progress)
         dist.barrier()
         if dist.is_main():
@@ -176,6 +173,7 @@ class _Job:
     skip_bad: bool
     chunk_tokens: int
     workers: int
+    stop: StopSignal | None
 
     def run(self, todo: Sequence[Shard], items: int, progress: bool | None) -> None:
         """Encode and publish the shards of this rank; `items` counts those of finished ones too."""
@@ -193,6 +191,8 @@ class _Job:
                     ids += [outcome.id for outcome in kept]
                     rows.append(self.embed(kept))
                     bar.update(len(window))
+                    if self.stop is not None and self.stop.requested:
+                        raise self.stop.interrupted(f"stopped in {shard.name}; run the same command to go on, from the last whole shard")
                 self.store.put(shard, ids, np.concatenate(rows), skipped)
                 left = (time.monotonic() - started) / count * (len(todo) - count)
                 logger.info("%s: %d items, %d of %d shards, about %.0f s left", shard.name, len(ids), count, len(todo), left)
@@ -201,15 +201,9 @@ class _Job:
         """What becomes of the rows of the shards, in order; `workers` processes decode and tokenize ahead, across shards."""
         rows = self.corpus.read([range(shard.first, shard.first + shard.items) for shard in todo])
         featurizer = _Featurizer(self.encoder.processor, Path(self.corpus.images), self.instruction)
-        loader = DataLoader(
-            featurizer,
-            sampler=_blocks(rows),
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_packed if self.workers else _as_is,
-        )
+        loader = DataLoader(featurizer, sampler=_blocks(rows), batch_size=None, num_workers=self.workers, collate_fn=_as_is)
         blocks = iter(loader)  # starts the processes here, not in a thread
-        return (_unpacked(outcome) for block in blocks for outcome in block)
+        return (outcome for block in blocks for outcome in block)
 
     def skip(self, outcome: Outcome) -> dict[str, Any]:
         """The line that says why an item is left out. Raises DataError unless that is wanted."""
@@ -221,7 +215,9 @@ class _Job:
         if not kept:
             return np.empty((0, self.encoder.backbone.hidden_size), np.float32)
         try:
-            rows = self.encoder.embed_features([outcome.features for outcome in kept], self.chunk_tokens)
+            rows = self.encoder.embed_features(
+                [outcome.features.as_tensors() for outcome in kept if outcome.features is not None], self.chunk_tokens
+            )
         except NonFiniteError as error:
             raise NonFiniteError(f"between {kept[0].row.place} and {kept[-1].row.place}: {error}") from None
         return np.asarray(rows, dtype=np.float32)
@@ -239,7 +235,8 @@ class _Featurizer(torch.utils.data.Dataset):
     def outcome(self, row: Row) -> Outcome:
         light = replace(row, values={})
         try:
-            return Outcome(light, row.id, featurize(self.processor, item_of(row, self.images, self.instruction)))
+            features = featurize(self.processor, item_of(row, self.images, self.instruction))
+            return Outcome(light, row.id, features.as_arrays())
         except DataError as error:
             return Outcome(light, row.id, None, str(error))
 
@@ -253,24 +250,6 @@ def _as_is(block: Any) -> Any:
     return block
 
 
-def _packed(block: list[Outcome]) -> list[Outcome]:
-    """Features as arrays, which travel by pipe: each tensor would hold a file descriptor and shared memory until it is used."""
-    return [replace(outcome, features=_mapped(outcome.features, lambda tensor: tensor.numpy())) for outcome in block]
-
-
-def _unpacked(outcome: Outcome) -> Outcome:
-    if outcome.features is None or isinstance(outcome.features.input_ids, torch.Tensor):
-        return outcome
-    return replace(outcome, features=_mapped(outcome.features, torch.from_numpy))
-
-
-def _mapped(features: Features | None, change: Any) -> Features | None:
-    if features is None:
-        return None
-    images = [{name: change(tensor) for name, tensor in image.items()} for image in features.images]
-    return Features(change(features.input_ids), images, features.truncated)
-
-
 def windows_of(shards: Iterable[Shard], outcomes: Iterator[Outcome]) -> Iterator[tuple[Shard, list[Outcome]]]:
     """The outcomes of each shard in windows of at most WINDOW_ITEMS, fewer where their features are large.
 
@@ -281,7 +260,7 @@ def windows_of(shards: Iterable[Shard], outcomes: Iterator[Outcome]) -> Iterator
         size = count = 0
         for outcome in islice(outcomes, shard.items):
             window.append(outcome)
-            count, size = count + 1, size + outcome.bytes
+            count, size = count + 1, size + (outcome.features.nbytes if outcome.features is not None else 0)
             if len(window) == WINDOW_ITEMS or size >= WINDOW_BYTES:
                 yield shard, window
                 window, size = [], 0

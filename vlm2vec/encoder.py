@@ -87,7 +87,7 @@ class _Featurizer(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> Features:
-        return featurize(self.processor, self.items[index])
+        return featurize(self.processor, self.items[index]).as_arrays()
 
 
 def _as_is(features: Any) -> Any:
@@ -291,7 +291,7 @@ class Encoder:
         What a window gives depends on its own items and `chunk_tokens` only. `workers` processes decode and tokenize ahead, across windows.
         """
         loader = DataLoader(_Featurizer(self.processor, items), batch_size=None, num_workers=workers, collate_fn=_as_is)
-        features = iter(loader)
+        features = (found.as_tensors() for found in loader)
         for size in sizes:
             yield self.embed_features([next(features) for _ in range(size)], chunk_tokens)
 

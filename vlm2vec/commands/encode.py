@@ -9,6 +9,7 @@ from typing import Any
 from vlm2vec.commands import positive, say
 from vlm2vec.commands.loading import device_arguments, load_encoder, model_arguments, start_ranks
 from vlm2vec.errors import InputError
+from vlm2vec.signals import StopSignal
 
 HELP = """Embed a corpus of any size into a folder of vectors.
 
@@ -65,18 +66,20 @@ def run(given: argparse.Namespace) -> None:
     if given.dry_run:
         _say_estimate(encoder, given, made)
         return
-    manifest = encode_corpus(
-        encoder,
-        given.items,
-        given.to,
-        instruction=_instruction(encoder, given),
-        storage=given.format,
-        images=given.images,
-        skip_bad=given.skip_bad,
-        chunk_tokens=given.chunk_tokens,
-        workers=given.workers,
-        **made,
-    )
+    with StopSignal() as stop:
+        manifest = encode_corpus(
+            encoder,
+            given.items,
+            given.to,
+            instruction=_instruction(encoder, given),
+            storage=given.format,
+            images=given.images,
+            skip_bad=given.skip_bad,
+            chunk_tokens=given.chunk_tokens,
+            workers=given.workers,
+            stop=stop,
+            **made,
+        )
     if dist.is_main():
         _say_made(given.to, manifest)
 
