@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from vlm2vec.backbones.shapes import shape_of
+from vlm2vec.backbones.shapes import Shape, shape_of
 from vlm2vec.config import Recipe
+from vlm2vec.data.mixture import Mixture
 from vlm2vec.devices import Device, facts
 from vlm2vec.errors import RecipeError
 from vlm2vec.flops import Chunk, Linear, Stack, chunk_cost, step_cost, useful_cost
@@ -61,13 +62,18 @@ class Plan:
         return replace(self, inventory=replace(self.inventory, stacks=tuple(stacks)))
 
 
-def plan(recipe: Recipe, device: Device, ranks: int, mfu: float | None = None) -> Plan:
-    """Look at the model and the items of a recipe. Raises RecipeError, ModelError or DataError for what cannot be known or shared."""
+def plan(
+    recipe: Recipe, device: Device, ranks: int, mfu: float | None = None, shape: Shape | None = None, mixture: Mixture | None = None
+) -> Plan:
+    """Look at the model and the items of a recipe, or at those given.
+
+    Raises RecipeError, ModelError or DataError for what cannot be known or shared.
+    """
     if recipe.train.global_batch % ranks:
         raise RecipeError(f"train.global_batch ({recipe.train.global_batch}) is not divisible by {ranks} devices")
-    shape = shape_of(recipe.model)
+    shape = shape or shape_of(recipe.model)
     inventory = take(shape.backbone, recipe)
-    work = workload(recipe, shape, Looker(shape, inventory.patch), ranks)
+    work = workload(recipe, shape, Looker(shape, inventory.patch), ranks, mixture)
     assumed = facts()["efficiency"]
     efficiency = (mfu, mfu, mfu) if mfu else (assumed["assumed"], assumed["low"], assumed["high"])
     return Plan(recipe, inventory, work, device, ranks, efficiency, shape.source)
@@ -248,6 +254,7 @@ def estimate(made: Plan) -> dict[str, Any]:
             "trained": made.inventory.trained,
             "adapter_bytes": 4 * made.inventory.adapter,
             "source": made.model_source,
+            "crossing": made.inventory.crossing,
         },
         "items": {
             "basis": work.basis,

@@ -42,7 +42,8 @@ class Parameters:
 @dataclass(frozen=True)
 class Inventory:
     """A model as a recipe trains it. `sharded`: parameters in the layers and the token table of the language model; `tower_outputs`: how
-    many tensors of states the vision tower gives, of which a replay keeps all.
+    many tensors of states the vision tower gives, of which a replay keeps all; `crossing`: layers of the language model read pictures
+    across, which is not counted right.
     """
 
     stacks: tuple[Stack, ...]
@@ -54,6 +55,7 @@ class Inventory:
     sharded: int
     largest_layer: int
     tower_outputs: int
+    crossing: bool
 
     @property
     def total(self) -> int:
@@ -90,6 +92,7 @@ def take(backbone: Backbone, recipe: Recipe) -> Inventory:
         sharded=sum(sizes) + tokens,
         largest_layer=max([*sizes, 0]),
         tower_outputs=1 + vision.num_hidden_layers if hasattr(config, "vision_feature_layer") else 1,
+        crossing=any("cross_attn" in name for name, _ in backbone.model.named_parameters()),
     )
 
 

@@ -121,12 +121,12 @@ class Looker:
         return Counter({(height // self.patch, width // self.patch): inputs["pixel_values"].numel() // (3 * height * width)})
 
 
-def workload(recipe: Recipe, shape: Shape, looker: Looker, ranks: int) -> Workload:
-    """Items of rank 0: from the data if the recipe's folder is there, else as assumed."""
-    if recipe.data.root == TINY_ROOT or Path(recipe.data.root).is_dir():
+def workload(recipe: Recipe, shape: Shape, looker: Looker, ranks: int, mixture: Mixture | None = None) -> Workload:
+    """Items of rank 0: from the data if the recipe's folder is there, or the `mixture` made of it; else as assumed."""
+    if mixture is not None or recipe.data.root == TINY_ROOT or Path(recipe.data.root).is_dir():
         from vlm2vec.trainer import mixture_of, total_steps  # slow to import, and without data not needed
 
-        mixture = mixture_of(recipe)
+        mixture = mixture or mixture_of(recipe)
         return _sampled(recipe, mixture, total_steps(recipe, mixture), shape, looker, ranks)
     return _assumed(recipe, shape, looker, ranks)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from vlm2vec.commands import say
@@ -41,7 +43,9 @@ def run(given: argparse.Namespace) -> None:
     from vlm2vec.estimate import estimate, plan
 
     device, count = find(given.gpu)
-    found = estimate(plan(load_recipe(given.recipe, given.overrides), device, count, given.mfu))
+    recipe = load_recipe(given.recipe, given.overrides)
+    with redirect_stdout(sys.stderr):  # some libraries greet on stdout when they are imported
+        found = estimate(plan(recipe, device, count, given.mfu))
     say(json.dumps(found, indent=2) if given.json else table(found, given.recipe))
 
 
@@ -99,4 +103,5 @@ def _notes(found: dict[str, Any]) -> list[str]:
         f"items: {found['items']['basis']}",
         f"sizes: {found['model']['source']}",
         "operations are exact to a few per cent for these items, memory to about 15 %; see docs/estimate.md",
+        *["layers that read pictures across are counted as if they read text: operations are off by up to a half"] * found["model"]["crossing"],
     ]
