@@ -13,7 +13,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "io", "dist", "log", "signals"),
-    ("strict_yaml", "schema", "config", "prompts", "pooling", "quantize", "ranking", "metrics", "paired", "losses", "gradcache", "replay", "flops", "footprint", "devices"),
+    (
+        "strict_yaml",
+        "schema",
+        "config",
+        "prompts",
+        "pooling",
+        "quantize",
+        "ranking",
+        "metrics",
+        "paired",
+        "losses",
+        "gradcache",
+        "replay",
+        "flops",
+        "footprint",
+        "devices",
+    ),
     ("data", "collate", "backbones", "batch", "cache", "suite", "composition"),
     ("lora", "encoder", "engines", "checkpoint", "inventory"),
     (

@@ -19,6 +19,9 @@ GPUs: h200, h100, a100-80g, l40s, 4090; h200x8 is eight of them. Items come from
 assumptions. docs/estimate.md has the formulas and their errors."""
 
 
+CROSSING = "layers that read pictures across are counted as if they read text: operations are off by up to a half"
+
+
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     command.add_argument("recipe", help="a YAML file, see recipes/")
@@ -70,7 +73,8 @@ def _subject(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("hours", f"{hours['likely']:.1f} ({hours['low']:.1f} to {hours['high']:.1f}) for {found['recipe']['steps']} steps"),
         ("pairs per second", f"{found['pairs_per_second']:.1f}, {found['recipe']['pairs']} a step"),
         ("bound by", found["bound"]),
-        ("memory", f"{found['memory']['sum'] / 1e9:.1f} of {found['device']['memory'] / 1e9:.0f} GB: {verdict} ({found['recipe']['engine']})"),
+        ("engine", found["recipe"]["engine"]),
+        ("memory", f"{found['memory']['sum'] / 1e9:.1f} of {found['device']['memory'] / 1e9:.0f} GB: {verdict}"),
     ]
 
 
@@ -103,5 +107,5 @@ def _notes(found: dict[str, Any]) -> list[str]:
         f"items: {found['items']['basis']}",
         f"sizes: {found['model']['source']}",
         "operations are exact to a few per cent for these items, memory to about 15 %; see docs/estimate.md",
-        *["layers that read pictures across are counted as if they read text: operations are off by up to a half"] * found["model"]["crossing"],
+        *[CROSSING] * found["model"]["crossing"],
     ]
