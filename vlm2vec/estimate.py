@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from vlm2vec.backbones.shapes import shape_of
+from vlm2vec.backbones.shapes import Shape, shape_of
 from vlm2vec.config import Recipe
+from vlm2vec.data.mixture import Mixture
 from vlm2vec.devices import Device, facts
 from vlm2vec.errors import RecipeError
 from vlm2vec.flops import Chunk, Linear, Stack, step_cost, useful_cost
@@ -22,6 +23,12 @@ from vlm2vec.workload import Looker, Workload, workload
 
 SPREAD_OPTIMIZER = ("zero1", "zero2", "zero3", "fsdp2")
 SPREAD_WEIGHTS = ("zero3", "fsdp2")
+BOUNDS = {
+    "products": "matrix products",
+    "traffic": "memory bandwidth",
+    "exchange": "exchange between devices",
+    "host": "decoding on the host",
+}
 WORTH = 0.03  # share of the operations that advice must save
 
 
@@ -61,13 +68,18 @@ class Plan:
         return replace(self, inventory=replace(self.inventory, stacks=tuple(stacks)))
 
 
-def plan(recipe: Recipe, device: Device, ranks: int, mfu: float | None = None) -> Plan:
-    """Look at the model and the items of a recipe. Raises RecipeError, ModelError or DataError for what cannot be known or shared."""
+def plan(
+    recipe: Recipe, device: Device, ranks: int, mfu: float | None = None, shape: Shape | None = None, mixture: Mixture | None = None
+) -> Plan:
+    """Look at the model and the items of a recipe, or at those given.
+
+    Raises RecipeError, ModelError or DataError for what cannot be known or shared.
+    """
     if recipe.train.global_batch % ranks:
         raise RecipeError(f"train.global_batch ({recipe.train.global_batch}) is not divisible by {ranks} devices")
-    shape = shape_of(recipe.model)
+    shape = shape or shape_of(recipe.model)
     inventory = take(shape.backbone, recipe)
-    work = workload(recipe, shape, Looker(shape, inventory.patch), ranks)
+    work = workload(recipe, shape, Looker(shape, inventory.patch), ranks, mixture)
     assumed = facts()["efficiency"]
     efficiency = (mfu, mfu, mfu) if mfu else (assumed["assumed"], assumed["low"], assumed["high"])
     return Plan(recipe, inventory, work, device, ranks, efficiency, shape.source)
@@ -106,13 +118,13 @@ def memory(made: Plan) -> dict[str, float]:
     found = made.inventory
     stored = made.numbers.stored
     trained = _trained_bytes(made)
-    weights = found.total * stored + 4 * found.adapter
+    weights = float(found.total * stored + 4 * found.adapter)
     if made.engine in SPREAD_WEIGHTS:
         weights = (found.total - found.sharded * (1 - 1 / made.ranks) + 2 * found.largest_layer) * stored + 4 * found.adapter
     batches = made.work.chunks(made.recipe.train.chunk_tokens)
     per_rank = made.recipe.train.global_batch / made.ranks
     table = {
-        "weights": float(weights),
+        "weights": weights,
         "gradients": trained,
         "optimizer": 2 * trained / (made.ranks if made.engine in SPREAD_OPTIMIZER else 1),
         "activations": max(_activations(made, chunks) for chunks in batches),
@@ -223,7 +235,7 @@ def host_seconds(made: Plan) -> float:
     """Seconds that the workers of a rank need for the pictures of a step."""
     rates = facts()["host"]
     pictures = [picture for entry in made.work.entries for picture in entry.pictures]
-    work = sum(rates["decode"] * picture.given + rates["squash"] * picture.squashed + rates["process"] * picture.made for picture in pictures)
+    work = sum(rates["decode"] * one.given + rates["squash"] * one.squashed + rates["process"] * one.made for one in pictures)
     return 1e-9 * work * made.recipe.train.accumulate / len(made.work.batches) / max(1, made.recipe.data.workers)
 
 
@@ -248,6 +260,7 @@ def estimate(made: Plan) -> dict[str, Any]:
             "trained": made.inventory.trained,
             "adapter_bytes": 4 * made.inventory.adapter,
             "source": made.model_source,
+            "crossing": made.inventory.crossing,
         },
         "items": {
             "basis": work.basis,
@@ -262,9 +275,7 @@ def estimate(made: Plan) -> dict[str, Any]:
         "efficiency": dict(zip(("assumed", "low", "high"), made.efficiency, strict=True)),
         "seconds": seconds,
         "pairs_per_second": pairs / seconds["step"],
-        "hours": {
-            name: work.steps * seconds[key] / 3600 for name, key in (("likely", "step"), ("low", "step_low"), ("high", "step_high"))
-        },
+        "hours": {name: work.steps * seconds[key] / 3600 for name, key in (("likely", "step"), ("low", "step_low"), ("high", "step_high"))},
         "bound": bound(made, seconds),
         "memory": {**held, "sum": sum(held.values())},
         "fits": sum(held.values()) <= 1e9 * made.device.memory,
@@ -274,8 +285,7 @@ def estimate(made: Plan) -> dict[str, Any]:
 
 def bound(made: Plan, seconds: dict[str, float]) -> str:
     """The part that a step waits for."""
-    names = {"products": "matrix products", "traffic": "memory bandwidth", "exchange": "exchange between devices", "host": "decoding on the host"}
-    return names[max(names, key=lambda name: seconds[name])]
+    return BOUNDS[max(BOUNDS, key=lambda name: seconds[name])]
 
 
 def advice(made: Plan, ops: dict[str, float], held: dict[str, float], seconds: dict[str, float]) -> list[str]:
@@ -304,8 +314,9 @@ def _smaller(made: Plan) -> str:
                 changes = {"chunk_tokens": tokens, "activation_checkpointing": checkpointing or made.recipe.train.activation_checkpointing}
                 other = made.with_train(**changes, engine=engine, keep_tokens=0)
                 if sum(memory(other).values()) <= 1e9 * made.device.memory:
-                    extra = "".join((", train.activation_checkpointing: true" * checkpointing, f", train.engine: {engine}" * (engine != made.engine)))
-                    return f"does not fit; train.chunk_tokens: {tokens}{extra} would"
+                    saving = ", train.activation_checkpointing: true" * checkpointing
+                    spreading = f", train.engine: {engine}" * (engine != made.engine)
+                    return f"does not fit; train.chunk_tokens: {tokens}{saving}{spreading} would"
                 tokens //= 2
     return "does not fit, not even one item at a time over all devices; take a smaller model, smaller pictures or more devices"
 

@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, from sizes alone: matrix products count 2 per multiply-add, all else is left out.
 
-A model is a row of stacks (vision, projector, language), a stack the matrix products it makes, in order. What a step adds up to follows from
-who is trained: a weight that is frozen gets no gradient, and nothing in front of the first trained weight is gone back through.
+A model is a row of stacks (vision, projector, language), a stack the matrix products it makes, in order. What a step adds up to follows
+from who is trained: a weight that is frozen gets no gradient, and nothing in front of the first trained weight is gone back through.
 
 Two counts are made. `useful` is the floor: each distinct item once forward and once backward through what is trained, once forward through
 what is frozen, causal attention over the lower triangle alone, no padding. `done` is what this library runs: padded chunks, the second pass
@@ -25,9 +25,9 @@ class Linear:
     """A weight matrix applied to rows: `rows` is how many of them per row of its stack (1/4 behind a merger of 2 x 2 patches).
 
     `reads` numbers the tensor it reads: layers with equal numbers share it. `rank` > 0 is a LoRA adapter (arXiv 2106.09685), behind
-    `dropout` or not, and with the magnitudes of DoRA (arXiv 2402.09353) or not; `block` names the layer of the tower that it belongs to,
-    whose activations may be recomputed, and `role` its place there: query (keys and values too), out, up (the gate too) or down. What is not
-    `read` is computed forward and in vain.
+    `dropout` or not, and with the magnitudes of DoRA (arXiv 2402.09353) or not. `block` names the layer of the tower that it belongs to,
+    whose activations may be recomputed, and `role` its place there: query (keys and values too), out, up (the gate too) or down. What is
+    not `read` is computed forward and in vain.
     """
 
     inputs: int
@@ -119,7 +119,22 @@ class Cost:
         return self.to_inputs + self.to_weights
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in ("forward", "to_inputs", "to_weights", "blocks")))
+        return Cost(
+            self.forward + other.forward, self.to_inputs + other.to_inputs, self.to_weights + other.to_weights, self.blocks + other.blocks
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.forward * times, self.to_inputs * times, self.to_weights * times, self.blocks * times)
+
+
+@dataclass
+class _Rates:
+    """A stack's cost per row, per query-key pair (by window, and whether the lower triangle alone counts), per picture, and per pass."""
+
+    row: Cost = Cost()
+    picture: Cost = Cost()
+    once: Cost = Cost()
+    pairs: dict[tuple[int, bool], Cost] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,36 +155,55 @@ class Stack:
 
     def cost(self, load: Load, behind: bool = False, lean: bool = False) -> Cost:
         """Operations over `load`. `behind`: something in front of the stack is trained. `lean`: only what the mathematics needs."""
-        total, needs, reads = Cost(), behind or self.entry, dict[int, bool]()
+        rates = self._rates[behind or self.entry, lean]
+        total = rates.row * load.rows + rates.picture * load.pictures + rates.once
+        for (window, triangle), each in rates.pairs.items():
+            total += each * (load.causal_pairs() if triangle else load.pairs(window))
+        return total
+
+    @cached_property
+    def _rates(self) -> dict[tuple[bool, bool], _Rates]:
+        """By `behind` and `lean`: one walk over the products serves every load."""
+        return {(behind, lean): self._walk(behind, lean) for behind in (False, True) for lean in (False, True)}
+
+    def _walk(self, needs: bool, lean: bool) -> _Rates:
+        rates, reads = _Rates(), dict[int, bool]()
         for op in self.ops:
             if isinstance(op, Linear):
                 needed = reads.setdefault(op.reads, needs)  # whether the tensor that it reads needs a gradient
-                total += _linear(op, load.rows * op.rows, needed, lean)
+                rates.row += _linear(op, needed, lean)
+                rates.once += _norm(op) if not lean else Cost()
                 needs = needs or op.learns
             elif isinstance(op, Attention):
-                total += _attention(op, load, needs, lean)
+                kind = (op.window, lean and op.causal)
+                rates.pairs[kind] = rates.pairs.get(kind, Cost()) + _attention(op, needs, lean)
             else:
-                total += Cost(op.forward * load.pictures, 0.0, 2.0 * op.forward * load.pictures * op.trained, 0.0)
+                rates.picture += Cost(op.forward, 0.0, 2.0 * op.forward * op.trained)
                 needs = needs or op.trained
-        return total
+        return rates
 
 
-def _linear(op: Linear, rows: float, needed: bool, lean: bool) -> Cost:
-    product = 2.0 * rows * op.inputs * op.outputs
-    down, up = 2.0 * rows * op.inputs * op.rank, 2.0 * rows * op.outputs * op.rank
+def _linear(op: Linear, needed: bool, lean: bool) -> Cost:
+    """Per row of the stack."""
+    product = 2.0 * op.rows * op.inputs * op.outputs
+    down, up = 2.0 * op.rows * op.inputs * op.rank, 2.0 * op.rows * op.outputs * op.rank
     copies = 2 if op.dora and op.dropout and not lean else 1  # the frozen product of the dropped input too
-    norm = 2.0 * op.inputs * op.rank * (op.inputs + op.outputs) if op.dora and not lean else 0.0  # the adapter's product with the unit matrix
-    forward = copies * product + down + up + norm
+    forward = copies * product + down + up
     to_inputs = (copies * product + down) * needed + up  # the adapter's inner gradient is needed always
     to_weights = product * op.trained + down + up
     return Cost(forward, to_inputs * op.read, to_weights * op.read, forward * bool(op.block))
 
 
-def _attention(op: Attention, load: Load, needed: bool, lean: bool) -> Cost:
-    pairs = load.causal_pairs() if lean and op.causal else load.pairs(op.window)
-    forward = 4.0 * op.width * pairs
-    factor = 2.0 if lean else op.backward
-    return Cost(forward, factor * forward * needed * op.read, 0.0, forward * bool(op.block))
+def _norm(op: Linear) -> Cost:
+    """Per pass: DoRA multiplies both factors of an adapter, through the unit matrix, to know the norms of the sum."""
+    forward = 2.0 * op.inputs * op.rank * (op.inputs + op.outputs) * op.dora
+    return Cost(forward, 0.0, 0.0, forward * bool(op.block))
+
+
+def _attention(op: Attention, needed: bool, lean: bool) -> Cost:
+    """Per query-key pair."""
+    forward = 4.0 * op.width
+    return Cost(forward, (2.0 if lean else op.backward) * forward * needed * op.read, 0.0, forward * bool(op.block))
 
 
 @dataclass(frozen=True)
@@ -222,9 +256,7 @@ def chunk_cost(stacks: Sequence[Stack], chunk: Chunk, extra: int, passes: Passes
 
 def step_cost(stacks: Sequence[Stack], chunks: Iterable[Chunk], extra: int, kept: int = 0, checkpointing: bool = False) -> dict[str, float]:
     """Operations of a step over `chunks`, the first `kept` of which keep their graph, by part."""
-    return _sum(
-        chunk_cost(stacks, chunk, extra, Passes(index < kept, checkpointing)) for index, chunk in enumerate(chunks)
-    )
+    return _sum(chunk_cost(stacks, chunk, extra, Passes(index < kept, checkpointing)) for index, chunk in enumerate(chunks))
 
 
 def useful_cost(stacks: Sequence[Stack], chunks: Iterable[Chunk], extra: int) -> dict[str, float]:

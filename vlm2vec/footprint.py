@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 from vlm2vec.flops import Attention, Linear, Op, Stack
@@ -90,15 +91,23 @@ def _attention(op: Attention, length: int, numbers: Numbers) -> Held:
 
 def activations(stack: Stack, rows: float, length: int, numbers: Numbers, behind: bool, checkpointing: bool = False) -> float:
     """Bytes that autograd keeps of a stack over a chunk; with checkpointing the input of each layer, and all of the largest."""
-    whole, inputs, largest, needs = 0.0, 0.0, 0.0, behind or stack.entry
+    whole, inputs, largest = _layers(stack, length, numbers, behind)
+    return rows * inputs + largest.over(rows) if checkpointing else whole.over(rows)
+
+
+@lru_cache(maxsize=4096)
+def _layers(stack: Stack, length: int, numbers: Numbers, behind: bool) -> tuple[Held, float, Held]:
+    """What is kept of all layers, of their inputs (per row of the stack), and of the largest layer."""
+    whole, inputs, largest, needs = Held(), 0.0, Held(), behind or stack.entry
     for _, members in groupby((op for op in stack.ops if isinstance(op, Linear | Attention)), key=lambda op: op.block):
         ops = list(members)
         needs = needs or any(isinstance(op, Linear) and op.learns for op in ops)
         if needs:
-            held = layer(ops, length, numbers).over(rows * _rows(ops))
-            inputs += rows * numbers.computed * _width(ops)
-            whole, largest = whole + held, max(largest, held)
-    return inputs + largest if checkpointing else whole
+            held = layer(ops, length, numbers)
+            held = Held(held.row * _rows(ops), held.once)
+            inputs += numbers.computed * _width(ops) * _rows(ops)
+            whole, largest = whole + held, max(largest, held, key=lambda one: one.row)
+    return whole, inputs, largest
 
 
 def _rows(ops: Sequence[Op]) -> float:

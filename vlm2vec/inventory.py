@@ -40,7 +40,8 @@ class Parameters:
 @dataclass(frozen=True)
 class Inventory:
     """A model as a recipe trains it. `sharded`: parameters in the layers and the token table of the language model; `tower_outputs`: how
-    many tensors of states the vision tower gives, of which a replay keeps all.
+    many tensors of states the vision tower gives, of which a replay keeps all; `crossing`: layers of the language model read pictures
+    across, which is not counted right.
     """
 
     stacks: tuple[Stack, ...]
@@ -52,6 +53,7 @@ class Inventory:
     sharded: int
     largest_layer: int
     tower_outputs: int
+    crossing: bool
 
     @property
     def total(self) -> int:
@@ -74,10 +76,10 @@ def take(backbone: Backbone, recipe: Recipe) -> Inventory:
     reader = _Reader(backbone, recipe)
     stacks = tuple(Stack(part, tuple(reader.ops(part)), part in reader.replayed, reader.entry(part)) for part in PARTS)
     layers = reader.layers()
-    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+    sizes = [_count(layer) for layer in layers]
     tokens = backbone.model.get_input_embeddings().weight.numel()
     config = backbone.model.config
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     return Inventory(
         stacks=stacks,
         parameters=reader.parameters(stacks),
@@ -88,6 +90,7 @@ def take(backbone: Backbone, recipe: Recipe) -> Inventory:
         sharded=sum(sizes) + tokens,
         largest_layer=max([*sizes, 0]),
         tower_outputs=1 + vision.num_hidden_layers if hasattr(config, "vision_feature_layer") else 1,
+        crossing=any("cross_attn" in name for name, _ in backbone.model.named_parameters()),
     )
 
 
@@ -152,12 +155,13 @@ class _Reader:
 
     def layers(self) -> list[nn.Module]:
         """The layers of the language model: its longest list of modules."""
-        lists = [
-            module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) and all(self._part(f"{name}.{n}") == "language" for n, _ in module[0].named_parameters())
-        ]
-        return list(max(lists, key=lambda found: sum(weight.numel() for weight in found.parameters()), default=nn.ModuleList()))
+        lists = [module for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList) and self._reads(name, module)]
+        return list(max(lists, key=_count, default=nn.ModuleList()))
+
+    def _reads(self, prefix: str, module: nn.Module) -> bool:
+        """Whether a module belongs to the language model, with all its weights."""
+        names = [name for name, _ in module.named_parameters(prefix)]
+        return bool(names) and all(self._part(name) == "language" for name in names)
 
     def parameters(self, stacks: tuple[Stack, ...]) -> dict[str, Parameters]:
         """Counts by part, the head among them."""
@@ -195,7 +199,7 @@ class _Reader:
 
     def _window(self, name: str) -> int:
         """Edge of the attention window of a vision layer in patches, 0 if it sees the whole picture."""
-        config = getattr(self.model.config, "vision_config", None)
+        config: Any = getattr(self.model.config, "vision_config", None)
         number = re.search(r"\.(\d+)\.", name)
         pixels, whole = getattr(config, "window_size", 0) or 0, getattr(config, "fullatt_block_indexes", None)
         if self._part(name) != "vision" or not pixels or whole is None or number is None or int(number[1]) in whole:
@@ -220,6 +224,10 @@ class _Reader:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             tower(torch.empty(1, 3, edge, edge, device=device, dtype=next(tower.parameters()).dtype))
         return counter.get_total_flops()
+
+
+def _count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def _edge(size: Any) -> int:

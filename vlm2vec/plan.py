@@ -1,21 +1,22 @@
 """`--dry-run`: what a recipe would do, from its arithmetic alone and before a single step.
 
-Memory is an estimate of what must be resident at once: weights, gradients, optimizer state, activations of one chunk, embeddings of the
-batch.
+Memory is that of `vlm2vec estimate`; time and what else depends on a device is to be had there.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vlm2vec import estimate
+from vlm2vec.backbones.shapes import shape_like
 from vlm2vec.composition import compose
 from vlm2vec.config import Recipe
 from vlm2vec.data.mixture import Mixture
+from vlm2vec.devices import find
 from vlm2vec.encoder import Encoder
 from vlm2vec.trainer import total_steps
 
 GIB = 1024**3
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLED = 8  # global batches whose texts are looked at
 
 
@@ -29,34 +30,11 @@ def parameters_by_part(encoder: Encoder) -> dict[str, tuple[int, int]]:
     return table
 
 
-def activation_bytes(encoder: Encoder, recipe: Recipe) -> int:
-    """Activations of one chunk in the second pass: about 34 x hidden bytes of 16-bit values per token and layer (Korthikanti et al. 2022,
-    arXiv 2205.05198, eq. 1 without the attention matrix, which fused kernels do not store); one layer's worth plus inputs with
-    checkpointing.
-    """
-    config = encoder.model.config.get_text_config()
-    width = 2 if recipe.train.precision == "bf16" else 4
-    per_layer = 17 * width * config.hidden_size * recipe.train.chunk_tokens
-    if not recipe.train.activation_checkpointing:
-        return per_layer * config.num_hidden_layers
-    return per_layer + width * config.hidden_size * recipe.train.chunk_tokens * config.num_hidden_layers
-
-
-def memory(encoder: Encoder, recipe: Recipe, world_size: int) -> dict[str, float]:
-    """GiB per device by purpose."""
-    counts = parameters_by_part(encoder).values()
-    trained, total = sum(count[0] for count in counts), sum(count[1] for count in counts)
-    per_rank = recipe.train.global_batch / world_size
-    return {
-        "weights": total * BYTES[recipe.model.dtype] / GIB,
-        "gradients": trained * 4 / GIB,
-        "optimizer": trained * 8 / GIB,
-        "activations of a chunk": activation_bytes(encoder, recipe) / GIB,
-        "embeddings and scores": (
-            4 * recipe.train.global_batch * encoder.backbone.hidden_size * 4 + 8 * per_rank * recipe.train.global_batch
-        )
-        / GIB,
-    }
+def memory(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int = 1) -> dict[str, float]:
+    """GiB per device by purpose, as `vlm2vec estimate` counts them, for the items of some batches. No device is asked for its size."""
+    device, _ = find("h200")  # which one does not matter for bytes
+    held = estimate.memory(estimate.plan(recipe, device, world_size, shape=shape_like(encoder.backbone), mixture=mixture))
+    return {name: value / GIB for name, value in held.items()}
 
 
 def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int = 1) -> str:
@@ -90,7 +68,7 @@ def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int 
             "trainable parameters",
             [(part, f"{trained:,} of {total:,}") for part, (trained, total) in sorted(parameters_by_part(encoder).items())],
         ),
-        ("memory per device, estimated", _memory_rows(memory(encoder, recipe, world_size))),
+        ("memory per device, estimated", _memory_rows(memory(recipe, encoder, mixture, world_size))),
     ]
     return "\n".join(_section(title, rows) for title, rows in sections)
 

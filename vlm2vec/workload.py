@@ -34,6 +34,7 @@ UNKNOWN = {"query": {"text": 20, "pictures": [[640, 480]]}, "target": {"text": 8
 CHARACTERS = 4.3  # per token of English text, where the model's own tokenizer is not at hand
 CHAT = 24  # control tokens and roles of a chat template
 BATCHES = 8  # that stand for all
+BLOCKS = 40  # that stand for all where data come in blocks
 SIZES = 48  # different picture sizes looked at; others are taken for the nearest of them
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -67,7 +68,10 @@ class Workload:
 
     def chunks(self, budget: int) -> list[list[Chunk]]:
         """Chunks of each batch, longest items first, as a step plans them."""
-        return [[_chunk([batch[row] for row in rows]) for rows in plan_chunks([entry.tokens for entry in batch], budget)] for batch in self.batches]
+        return [
+            [_chunk([batch[row] for row in rows]) for rows in plan_chunks([entry.tokens for entry in batch], budget)]
+            for batch in self.batches
+        ]
 
     @property
     def entries(self) -> list[Entry]:
@@ -121,12 +125,12 @@ class Looker:
         return Counter({(height // self.patch, width // self.patch): inputs["pixel_values"].numel() // (3 * height * width)})
 
 
-def workload(recipe: Recipe, shape: Shape, looker: Looker, ranks: int) -> Workload:
-    """Items of rank 0: from the data if the recipe's folder is there, else as assumed."""
-    if recipe.data.root == TINY_ROOT or Path(recipe.data.root).is_dir():
+def workload(recipe: Recipe, shape: Shape, looker: Looker, ranks: int, mixture: Mixture | None = None) -> Workload:
+    """Items of rank 0: from the data if the recipe's folder is there, or the `mixture` made of it; else as assumed."""
+    if mixture is not None or recipe.data.root == TINY_ROOT or Path(recipe.data.root).is_dir():
         from vlm2vec.trainer import mixture_of, total_steps  # slow to import, and without data not needed
 
-        mixture = mixture_of(recipe)
+        mixture = mixture or mixture_of(recipe)
         return _sampled(recipe, mixture, total_steps(recipe, mixture), shape, looker, ranks)
     return _assumed(recipe, shape, looker, ranks)
 
@@ -176,13 +180,15 @@ def _entry(text: int, sizes: Sequence[Sequence[int]], recipe: Recipe, shape: Sha
 
 def _assumed(recipe: Recipe, shape: Shape, looker: Looker, ranks: int) -> Workload:
     table, rows, named = _table(recipe)
-    shares = [source.weight if source.weight is not None else min(rows.get(source.name, 1) or 1, source.cap or math.inf) for source in recipe.data.sources]
+    sizes = [min(rows.get(source.name, 1), source.cap or math.inf) for source in recipe.data.sources]
+    weights = [source.weight for source in recipe.data.sources]
+    shares = [size if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]
     known = [table.get(source.path or source.name, UNKNOWN) for source in recipe.data.sources]
-    costs = [[_entry(side["text"], side.get("pictures", []), recipe, shape, looker) for side in (row["query"], row["target"])] for row in known]
+    costs = [
+        [_entry(side["text"], side.get("pictures", []), recipe, shape, looker) for side in (row["query"], row["target"])] for row in known
+    ]
     pairs = max(1, recipe.train.global_batch // ranks)
-    batches = tuple(
-        tuple(entry for source in sources for entry in costs[source]) for sources in _draws(shares, pairs, recipe.data.block)
-    )
+    batches = tuple(tuple(entry for source in sources for entry in costs[source]) for sources in _draws(shares, pairs, recipe.data.block))
     return Workload(batches, _steps(recipe, rows), f"assumed, {recipe.data.root} is not there: {named}")
 
 
@@ -215,13 +221,12 @@ def _draws(shares: Sequence[float], pairs: int, block: int) -> Iterator[list[int
     if not block:
         yield [_at(bounds, (index + 0.5) / pairs) for index in range(pairs)]
         return
-    number = 0
-    for _ in range(2 * BATCHES):
-        found: list[int] = []
-        while len(found) < pairs:
-            found += [_at(bounds, number * GOLDEN % 1)] * min(block, pairs - len(found))
-            number += 1
-        yield found
+    each = math.ceil(pairs / block)
+    batches = math.ceil(BLOCKS / each)
+    places = sorted(range(each * batches), key=lambda number: number * GOLDEN % 1)
+    sources = [_at(bounds, (place + 0.5) / len(places)) for place in places]
+    for start in range(0, len(sources), each):
+        yield [source for source in sources[start : start + each] for _ in range(block)][:pairs]
 
 
 def _at(bounds: Sequence[float], place: float) -> int:

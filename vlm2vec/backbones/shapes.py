@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from vlm2vec.backbones import family_of
+from vlm2vec.backbones.auto import InferredProcessor
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.backbones.loading import CONFIG, load_image_processor, load_tokenizer, no_bars, read_config, resolve
 from vlm2vec.config import ModelConfig
@@ -52,7 +53,23 @@ def shape_of(options: ModelConfig) -> Shape:
     family = family_of(str(read_config(folder).get("model_type") or options.family or ""), options)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     processor = family.processor_class.load(folder, options, config)
+    if isinstance(processor, InferredProcessor):
+        processor.tokens_per_image = _stated_tokens(config, folder)
     return Shape(_on_meta(family, config, processor, options), str(folder / CONFIG), True)
+
+
+def shape_like(backbone: Backbone) -> Shape:
+    """The modules of a model that is loaded, without adapters and weights, and its processor."""
+    source = f"configuration of {backbone.options.path}"
+    return Shape(_on_meta(type(backbone), backbone.model.config, backbone.processor, backbone.options), source, True)
+
+
+def _stated_tokens(config: Any, folder: Path) -> int:
+    """Tokens of a picture where a family was inferred; loading finds them with a trial, for which there are no weights here."""
+    tokens = int(getattr(config, "image_seq_length", 0) or 0)
+    if not tokens:
+        raise ModelError(f"{folder / CONFIG}: does not say how many tokens a picture has (image_seq_length), and no family here knows it")
+    return tokens
 
 
 def _from_table(options: ModelConfig, entry: dict[str, Any]) -> Shape:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from vlm2vec.commands import say
@@ -15,6 +17,9 @@ HELP = """Memory, speed and hours of a recipe on a GPU, from its arithmetic: not
   vlm2vec estimate recipes/NAME.yaml --gpu h100x8 --mfu 0.42 --json
 GPUs: h200, h100, a100-80g, l40s, 4090; h200x8 is eight of them. Items come from the recipe's data where it is there, else from stated
 assumptions. docs/estimate.md has the formulas and their errors."""
+
+
+CROSSING = "layers that read pictures across are counted as if they read text: operations are off by up to a half"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -41,7 +46,9 @@ def run(given: argparse.Namespace) -> None:
     from vlm2vec.estimate import estimate, plan
 
     device, count = find(given.gpu)
-    found = estimate(plan(load_recipe(given.recipe, given.overrides), device, count, given.mfu))
+    recipe = load_recipe(given.recipe, given.overrides)
+    with redirect_stdout(sys.stderr):  # some libraries greet on stdout when they are imported
+        found = estimate(plan(recipe, device, count, given.mfu))
     say(json.dumps(found, indent=2) if given.json else table(found, given.recipe))
 
 
@@ -66,7 +73,8 @@ def _subject(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("hours", f"{hours['likely']:.1f} ({hours['low']:.1f} to {hours['high']:.1f}) for {found['recipe']['steps']} steps"),
         ("pairs per second", f"{found['pairs_per_second']:.1f}, {found['recipe']['pairs']} a step"),
         ("bound by", found["bound"]),
-        ("memory", f"{found['memory']['sum'] / 1e9:.1f} of {found['device']['memory'] / 1e9:.0f} GB: {verdict} ({found['recipe']['engine']})"),
+        ("engine", found["recipe"]["engine"]),
+        ("memory", f"{found['memory']['sum'] / 1e9:.1f} of {found['device']['memory'] / 1e9:.0f} GB: {verdict}"),
     ]
 
 
@@ -99,4 +107,5 @@ def _notes(found: dict[str, Any]) -> list[str]:
         f"items: {found['items']['basis']}",
         f"sizes: {found['model']['source']}",
         "operations are exact to a few per cent for these items, memory to about 15 %; see docs/estimate.md",
+        *[CROSSING] * found["model"]["crossing"],
     ]
