@@ -180,3 +180,13 @@ def test_workers_hold_no_file_open_for_an_item() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert done.stdout.strip() == "torch.Size([300, 32])", done.stderr[-2000:]
+
+
+def test_encoding_is_done_in_evaluation_mode_which_ends_with_it() -> None:
+    encoder = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
+    first, *_ = encoder.model.modules()
+    encoder.model.train()
+    seen: list[bool] = []
+    encoder.model.get_input_embeddings().register_forward_hook(lambda module, *_: seen.append(module.training or first.training))
+    encoder.encode(["a"])
+    assert seen == [False] and all(module.training for module in encoder.model.modules())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from vlm2vec import io
 from vlm2vec.errors import InputError, ManifestError
 from vlm2vec.io import write_json
 from vlm2vec.ranking import rank
@@ -229,6 +230,16 @@ def test_the_manifest_counts_and_lists(tmp_path: Path) -> None:
     assert sorted(found["files"]) == [
         "part-00000.ids.jsonl", "part-00000.safetensors", "part-00001.ids.jsonl", "part-00001.safetensors", "skipped.jsonl",
     ]  # fmt: skip
+
+
+def test_rows_that_can_be_seen_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file with the embeddings is put in place after all that goes with it, and the receipt last."""
+    written: list[str] = []
+    original = io.write_atomic
+    monkeypatch.setattr(io, "write_atomic", lambda path, data: written.append(path.name) or original(path, data))
+    monkeypatch.setattr(io, "write_json", lambda path, data: io.write_atomic(path, json.dumps(data)))
+    filled(tmp_path, unit(4), precision="int8", storage="numpy")
+    assert written[1:5] == ["part-00000.ids.jsonl", "part-00000.factor.npy", "part-00000.npy", "part-00000.json"]
 
 
 def test_a_receipt_that_was_changed_or_is_of_another_plan_does_not_count(tmp_path: Path) -> None:

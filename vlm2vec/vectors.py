@@ -255,8 +255,7 @@ class Vectors:
     """The rows of a folder as float32, read from disk as they are asked for: `rows[7]`, `rows[a:b]`, `rows[[3, 1]]`, `np.asarray(rows)`."""
 
     def __init__(self, folder: Path, layout: Layout, parts: Sequence[tuple[str, int]]) -> None:
-        self.folder, self.layout = folder, layout
-        self.parts = [(name, rows) for name, rows in parts if rows]
+        self.folder, self.layout, self.parts = folder, layout, list(parts)
         self.ends = np.cumsum([0] + [rows for _, rows in self.parts])
 
     def __len__(self) -> int:

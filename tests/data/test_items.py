@@ -79,8 +79,8 @@ def test_lists_of_pictures_in_parquet(tmp_path: Path) -> None:
 
 def test_a_folder_of_shards_counts_rows_over_all_files(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
-    parquet(folder / "b.parquet", text=["c", "d"])
-    parquet(folder / "a.parquet", text=["a", "b"])
+    parquet(folder / "b.parquet", groups=2, text=["c", "d"])
+    parquet(folder / "a.parquet", groups=2, text=["a", "b"])
     (folder / "readme.txt").write_text("x")
     found = corpus(folder)
     assert [(row.id, row.values["text"], row.place) for row in rows(found)] == [
@@ -132,7 +132,14 @@ def test_any_ranges_are_read_and_nothing_else(tmp_path: Path, kind: str, wanted:
 def test_the_line_is_right_behind_a_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MARK", 2)
     (tmp_path / "c.jsonl").write_text('"a"\n\n"b"\n\n\n"c"\n"d"\n"e"\n')
-    assert [row.place.partition("(")[2] for row in rows(corpus(tmp_path / "c.jsonl"))] == [f"line {n})" for n in (1, 3, 6, 7, 8)]
+    found = corpus(tmp_path / "c.jsonl")
+    assert [row.place.partition("(")[2] for row in rows(found)] == [f"line {n})" for n in (1, 3, 6, 7, 8)]
+    assert [piece.first for piece in found.pieces] == [0, 2, 4]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf"a"\n"b"\n')
+    assert [row.values for row in rows(corpus(tmp_path / "c.jsonl"))] == [{"text": "a"}, {"text": "b"}]
 
 
 # -- identity ----------------------------------------------------------------------------------------------------------------------------
