@@ -26,6 +26,7 @@ SPREAD_WEIGHTS = ("zero3", "fsdp2")
 BOUNDS = {
     "products": "matrix products",
     "traffic": "memory bandwidth",
+    "launches": "starting kernels",
     "exchange": "exchange between devices",
     "host": "decoding on the host",
 }
@@ -195,6 +196,7 @@ def times(made: Plan, done: float, useful: float) -> dict[str, float]:
         "floor": useful / rate,
         "products": done / (peak * made.efficiency[0]),
         "traffic": traffic(made) / (1e9 * made.device.bandwidth),
+        "launches": launches(made),
         "exchange": exchanged(made) / (1e9 * made.device.link * facts()["link_efficiency"]["assumed"]),
         "host": host_seconds(made),
     }
@@ -204,7 +206,7 @@ def times(made: Plan, done: float, useful: float) -> dict[str, float]:
 
 def _together(made: Plan, parts: dict[str, float]) -> float:
     """A step from its parts: workers run beside the device, FSDP2's exchange beside its products, other engines' behind them."""
-    compute = max(parts["products"], parts["traffic"])
+    compute = max(parts["products"], parts["traffic"], parts["launches"])
     device = max(compute, parts["exchange"]) if made.engine == "fsdp2" else compute + parts["exchange"]
     return max(device, parts["host"]) if made.recipe.data.workers else device + parts["host"]
 
@@ -216,6 +218,20 @@ def traffic(made: Plan) -> float:
     passes = sum(3 * len(chunks) - kept_chunks(chunks, made.recipe.train.keep_tokens) for chunks in batches)
     graphs = sum(2 * chunk_bytes(made, chunk) for chunks in batches for chunk in chunks)
     return made.recipe.train.accumulate * (passes * weights + graphs) / len(batches)
+
+
+def launches(made: Plan) -> float:
+    """Seconds of starting kernels: so many for each layer in every pass over a chunk, backward twice as many, 6 more for each adapter."""
+    rates = facts()["launch"]
+    batches = made.work.chunks(made.recipe.train.chunk_tokens)
+    kernels = 0.0
+    for stack in made.inventory.stacks:
+        linears = [op for op in stack.ops if isinstance(op, Linear)]
+        each = rates["kernels"] * len({op.block for op in linears}) + 6 * sum(op.rank > 0 for op in linears)
+        used = [[chunk for chunk in chunks if chunk.pictures or stack.part == "language"] for chunks in batches]
+        passes = 1 if stack.replayed else 4 if stack.learns else 2
+        kernels += each * passes * sum(map(len, used)) / len(batches)
+    return 1e-6 * rates["microseconds"] * kernels * made.recipe.train.accumulate
 
 
 def exchanged(made: Plan) -> float:

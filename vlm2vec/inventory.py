@@ -156,7 +156,7 @@ class _Reader:
     def layers(self) -> list[nn.Module]:
         """The layers of the language model: its longest list of modules."""
         lists = [module for name, module in self.model.named_modules() if isinstance(module, nn.ModuleList) and self._reads(name, module)]
-        return list(max(lists, key=_count, default=nn.ModuleList()))
+        return list(lists[max(range(len(lists)), key=lambda at: _count(lists[at]))]) if lists else []
 
     def _reads(self, prefix: str, module: nn.Module) -> bool:
         """Whether a module belongs to the language model, with all its weights."""

@@ -89,6 +89,7 @@ def _step(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("floor", f"{seconds['floor']:.2f} s: what is useful at the device's peak"),
         ("matrix products", f"{seconds['products']:.2f} s at {found['efficiency']['assumed']:.0%} of the peak"),
         ("memory traffic", f"{seconds['traffic']:.2f} s at least"),
+        ("starting kernels", f"{seconds['launches']:.2f} s"),
         ("exchange", f"{seconds['exchange']:.2f} s"),
         ("pictures on the host", f"{seconds['host']:.2f} s"),
         ("together", f"{seconds['step']:.2f} s ({seconds['step_low']:.2f} to {seconds['step_high']:.2f})"),
