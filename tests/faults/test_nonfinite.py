@@ -88,6 +88,16 @@ def test_stops_before_harm(place: str, value: float, tmp_path: Path, trials: Cal
     tally("F8", f"NaN or infinity in the {place}", "exit code 3 before the update; what is on disk is finite", count)
 
 
+def test_an_update_that_overflows_is_never_saved(tmp_path: Path, tally: Callable[..., None]) -> None:
+    """A learning rate beyond reason: the weights are infinite after the last step, or the next one is not a number."""
+    for steps, rate in ((4, 1e37), (4, 1e34), (4, 1e30)):
+        run_dir = tmp_path / f"{steps}-{rate}"
+        with pytest.raises(NonFiniteError):
+            start_run(changed(light_recipe(run_dir, every=9, lora="{rank: 4}"), "train", steps=steps, lr=rate, warmup=0))
+        assert checkpoint.latest(run_dir) is None
+    tally("F8", "a learning rate that overflows", "exit code 3; nothing saved", 3)
+
+
 @pytest.mark.parametrize(("section", "key"), [("train", "lr"), ("loss", "temperature"), ("train", "clip"), ("train", "weight_decay")])
 def test_numbers_that_are_none_are_refused_in_the_recipe(section: str, key: str, tmp_path: Path, tally: Callable[..., None]) -> None:
     for value in (*VALUES, -1.0):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from tests.conftest import start
 from tests.faults.common import STEPS, exit_code, leave_as_the_command_line, light_recipe, logged
@@ -30,7 +30,7 @@ def launch(run_dir: Path) -> list[int]:
 
     def member(rank: int) -> None:
         torch.set_num_threads(1)
-        PartialState._reset_state()  # an earlier test of this process may have started as one of one
+        AcceleratorState._reset_state(reset_partial_state=True)  # a run in the process that forked this one had no ranks
         group = {
             "RANK": rank,
             "LOCAL_RANK": rank,
