@@ -93,8 +93,8 @@ def test_other_families_come_within_two_per_cent(family: str, trained: str) -> N
     assert ours(inventory, chunk) == (pytest.approx(forward, rel=0.02), pytest.approx(backward, rel=0.02))
 
 
-@pytest.mark.parametrize("trained", TRAINED)
-@pytest.mark.parametrize("family", (*EXACT, *CLOSE, "vlm2vec_vista"))
+@pytest.mark.parametrize("trained", ["magnitudes", "everything"])
+@pytest.mark.parametrize("family", (*CLOSE, "qwen2_vl", "vlm2vec_vista"))
 def test_trained_parameters_are_those_of_the_encoder(family: str, trained: str) -> None:
     encoder, inventory = prepared(family, trained)
     assert inventory.trained == sum(weight.numel() for weight in encoder.model.parameters() if weight.requires_grad)

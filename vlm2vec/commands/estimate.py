@@ -70,7 +70,7 @@ def _subject(found: dict[str, Any]) -> list[tuple[str, str]]:
     verdict = "fits" if found["fits"] else "does NOT fit"
     return [
         ("model", f"{model['parameters'] / 1e9:.3f} B parameters, {model['trained'] / 1e6:.1f} M trained{adapter}"),
-        ("hours", f"{hours['likely']:.1f} ({hours['low']:.1f} to {hours['high']:.1f}) for {found['recipe']['steps']} steps"),
+        ("hours", f"{hours['likely']:.3g} ({hours['low']:.3g} to {hours['high']:.3g}) for {found['recipe']['steps']} steps"),
         ("pairs per second", f"{found['pairs_per_second']:.1f}, {found['recipe']['pairs']} a step"),
         ("bound by", found["bound"]),
         ("engine", found["recipe"]["engine"]),
@@ -80,19 +80,19 @@ def _subject(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _step(found: dict[str, Any]) -> list[tuple[str, str]]:
     items, ops, seconds = found["items"], found["operations"], found["seconds"]
-    parts = ", ".join(f"{part} {ops[part] / 1e12:.0f}" for part in ("vision", "projector", "language"))
+    parts = ", ".join(f"{part} {ops[part] / 1e12:.4g}" for part in ("vision", "projector", "language"))
     return [
         ("items", f"{items['count']:.0f}, {items['pictures']:.0f} pictures, {items['tokens']:.0f} tokens, {items['longest']} the longest"),
         ("chunks", f"{items['chunks']:.1f}, {items['padding']:.0%} padding"),
-        ("useful", f"{ops['useful'] / 1e12:.0f} TFLOP: every item once forward, once backward where something is trained"),
-        ("done", f"{ops['done'] / 1e12:.0f} TFLOP ({parts}); {ops['once'] / 1e12:.0f} if every graph were kept"),
-        ("floor", f"{seconds['floor']:.2f} s: what is useful at the device's peak"),
-        ("matrix products", f"{seconds['products']:.2f} s at {found['efficiency']['assumed']:.0%} of the peak"),
-        ("memory traffic", f"{seconds['traffic']:.2f} s at least"),
-        ("starting kernels", f"{seconds['launches']:.2f} s"),
-        ("exchange", f"{seconds['exchange']:.2f} s"),
-        ("pictures on the host", f"{seconds['host']:.2f} s"),
-        ("together", f"{seconds['step']:.2f} s ({seconds['step_low']:.2f} to {seconds['step_high']:.2f})"),
+        ("useful", f"{ops['useful'] / 1e12:.4g} TFLOP: every item once forward, once backward where something is trained"),
+        ("done", f"{ops['done'] / 1e12:.4g} TFLOP ({parts}); {ops['once'] / 1e12:.4g} if every graph were kept"),
+        ("floor", f"{seconds['floor']:.3g} s: what is useful at the device's peak"),
+        ("matrix products", f"{seconds['products']:.3g} s at {found['efficiency']['assumed']:.0%} of the peak"),
+        ("memory traffic", f"{seconds['traffic']:.3g} s at least"),
+        ("starting kernels", f"{seconds['launches']:.3g} s"),
+        ("exchange", f"{seconds['exchange']:.3g} s"),
+        ("pictures on the host", f"{seconds['host']:.3g} s"),
+        ("together", f"{seconds['step']:.3g} s ({seconds['step_low']:.3g} to {seconds['step_high']:.3g})"),
     ]
 
 
