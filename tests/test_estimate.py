@@ -138,18 +138,19 @@ def test_every_device_gives_an_estimate(name: str, plans: dict[str, Plan]) -> No
         assert found["advice"][0].startswith("does not fit; train.chunk_tokens: ")
 
 
-def test_the_published_run_lies_in_the_range(plans: dict[str, Plan]) -> None:
+def test_the_published_run_comes_out_at_the_right_order_of_magnitude(plans: dict[str, Plan]) -> None:
     """1 to 5 days on 8 H100, by backbone and resolution, are reported for the published code, which does more: the tower in both passes,
-    a head over the vocabulary, pictures in the training process (115 ms each). For the smaller model it comes out at 0.76 days.
+    a head over the vocabulary, pictures in the training process (115 ms each). The larger model lies in that range, the smaller one, at
+    0.76 days, below it: the share of the peak is an assumption that this does not confirm.
     """
-    for name, vocabulary in (("qwen2vl_2b_lora", 151936), ("qwen2vl_7b_lora", 152064)):
+    for name, vocabulary, days in (("qwen2vl_2b_lora", 151936, 0.76), ("qwen2vl_7b_lora", 152064, 1.36)):
         made = plans[name]
         ops, inventory = operations(made), made.inventory
         pictures = sum(len(entry.pictures) for entry in made.work.entries)
         tokens = sum(entry.tokens for entry in made.work.entries)
         head = 3 * 2 * tokens * inventory.hidden * vocabulary
         step = (ops["done"] + ops["vision"] + head) / (1e12 * devices()["h100"].tflops * 0.35) + 0.115 * pictures
-        assert 0.7 < 2000 * step / 86400 < 5
+        assert 2000 * step / 86400 == pytest.approx(days, abs=0.01)
 
 
 def test_what_is_said_follows_the_recipe(plans: dict[str, Plan]) -> None:
