@@ -109,7 +109,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, capsys: pyt
             2,
             "/no/such/folder",
         ),
-        (["eval", "/no/such/model"], 2, "/no/such/model"),
+        (["eval", "/no/such/model", "--suite", "builtin/tiny"], 2, "/no/such/model"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "minni"], 2, "minni"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "mmeb"], 2, "data/MMEB-eval does not exist; run vlm2vec data get mmeb-eval"),
         (["eval", "builtin/tiny-qwen2_vl", "--suite", "builtin/tiny", "--subset", "TinyShape"], 2, "did you mean TinyShapes?"),
