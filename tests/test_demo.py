@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.test_kill import kill_after
 from tests.runs import final_bytes, fork_run
 from vlm2vec.cli import main
 from vlm2vec.config import Recipe, load_recipe
@@ -17,6 +18,19 @@ from vlm2vec.trainer import LOG
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 pytestmark = pytest.mark.slow
+
+
+def kill_after(child: int, log: Path, rows: int, delay: float) -> bool:
+    """SIGKILL `child` some time after it logged `rows` steps; whether it was still running then."""
+    while (log.read_bytes().count(b"\n") if log.exists() else 0) < rows:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.005)
+    time.sleep(delay)
+    if os.waitpid(child, os.WNOHANG)[0]:
+        return False
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="session")
