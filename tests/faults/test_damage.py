@@ -70,7 +70,7 @@ def test_every_flipped_bit_is_seen(flips: int, folder: Path, trials: Callable, t
 
     assert len(set(trials(flips, trial))) == len(files)
     verify_manifest(folder)
-    tally("F4", "a flipped bit in a file of a checkpoint", "seen, every one", flips)
+    tally("F4", "a flipped bit in a file of a checkpoint", "seen, every one", flips if flips == 1000 else 0)
 
 
 def test_cut_grown_swapped_and_lost_files_are_passed_over(folder: Path, trials: Callable, tally: Callable[..., None]) -> None:

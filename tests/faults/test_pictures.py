@@ -37,5 +37,7 @@ def test_mutated_pictures_become_features_or_are_refused(count: int, trials: Cal
 
     decoded = sum(trials(count, trial))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400 * 1024
+    if count < 1000:  # a part of them
+        return
     tally("F9", "mutated pictures of 7 formats: decoded by the rules", "features of the right shape", decoded)
     tally("F9", "mutated pictures of 7 formats: refused", "ImageError with the row; no crash, no hang, bounded memory", count - decoded)

@@ -55,7 +55,7 @@ def test_killed_at_every_point_of_a_save(save: str, few: bool, tmp_path: Path, t
             "F2",
             f"kill -9 at every named point of a {save} save",
             "the newest whole checkpoint found; the next save succeeds",
-            len(numbers),
+            0 if few else len(numbers),
         )
 
     at_save(tmp_path / "run", SAVES[save], kill_all)
@@ -78,7 +78,7 @@ def test_refused_at_every_point_of_a_save(kind: str, few: bool, tmp_path: Path, 
             "F3",
             f"{kind.upper()} at every named point of a save",
             "exit code 4 naming file and space, or a warning while pruning; the run goes on from it",
-            len(numbers),
+            0 if few else len(numbers),
         )
 
     at_save(tmp_path / "run", 3, refuse_all)
@@ -101,6 +101,11 @@ def test_a_file_that_cannot_grow_beyond_any_size(parts: int, tmp_path: Path, tal
 
             assert saver.attempt(run_dir, prepare=refuse) == 4, f"limit {limit}"
             check_after(saver, run_dir, 3)
-        tally("F3", "no file may grow beyond a size (32 sizes up to the largest)", "exit code 4; the newest whole checkpoint found", parts)
+        tally(
+            "F3",
+            "no file may grow beyond a size (32 sizes up to the largest)",
+            "exit code 4; the newest whole checkpoint found",
+            parts if parts == 32 else 0,
+        )
 
     at_save(tmp_path / "run", 3, sweep)

@@ -83,7 +83,12 @@ def test_a_signal_in_any_phase(phase: str, number: signal.Signals, expected: byt
     assert (int(newest.name[5:]) if newest else None) == done, "the checkpoint is not of the last step"
     assert exit_code(run_child(recipe)) == 0
     assert (tmp_path / "run" / LOG).read_bytes() == expected
-    tally("F6", f"{number.name} in phase {phase}", "exit code 143, 130 or 138; checkpoint of the last step; resumed to the same log", 1)
+    tally(
+        "F6",
+        f"SIGTERM, SIGINT or SIGUSR1 in phase {phase}",
+        "exit code 143, 130 or 138; checkpoint of the last step; resumed to the same log",
+        1,
+    )
 
 
 @pytest.mark.parametrize("number", [NUMBERS[0], *(pytest.param(number, marks=pytest.mark.faults) for number in NUMBERS[1:])])
