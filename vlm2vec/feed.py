@@ -77,6 +77,8 @@ def _in_order(dataset: BatchDataset, indices: range, workers: int) -> Iterator[B
     """
     loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=_patient)
     before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "").startswith("torch."):  # left behind by an earlier loader of this process
+        before = signal.SIG_DFL
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
