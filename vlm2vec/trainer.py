@@ -85,8 +85,6 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
         encoder = Encoder.from_pretrained(resumed, device="cpu", **same)
     encoder.precision = recipe.train.precision
     encoder.train_only(recipe.model.train)
-    if recipe.train.activation_checkpointing:
-        encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return encoder
 
 

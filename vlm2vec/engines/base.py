@@ -9,6 +9,7 @@ gradient of the encoder is the gradient of the global batch; the loss's own para
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm2vec import dist
+from vlm2vec.collate import moved
 from vlm2vec.config import TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import CheckpointError, NonFiniteError
@@ -72,7 +74,7 @@ class Engine:
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Unit rows (C, D) of a collated chunk."""
-        return self.encoder.embed({name: tensor.to(self.encoder.device) for name, tensor in inputs.items()})
+        return self.encoder.embed(moved(inputs, self.encoder.device))
 
     def backward(self, rows_CD: Tensor, gradient_CD: Tensor, last: bool) -> None:
         """Add to the gradients what `gradient_CD` at these rows gives; `last` marks the final chunk of the step."""
@@ -92,13 +94,12 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(grads)
         if shards:
             norm = (norm.square() + _square_over_ranks(shards)).sqrt()
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"gradient norm={norm.item()}")
-        if limit:
-            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            for grad in (*grads, *shards):
-                grad.mul_(factor)
-        return norm.item()
+        if limit and grads + shards:
+            torch._foreach_mul_(grads + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+        found = norm.item()  # the one wait for the device; nothing was updated yet
+        if not math.isfinite(found):
+            raise NonFiniteError(f"gradient norm={found}")
+        return found
 
     def step(self, lr: float) -> None:
         """Update the weights and forget the gradients."""
