@@ -31,7 +31,7 @@ BOUNDS = {
     "exchange": "exchange between devices",
     "host": "decoding on the host",
 }
-TRIED, SMALLEST = 16384, 256  # tokens of the largest and smallest chunk that is looked at where the recipe leaves it open
+TRIED, SMALLEST = 8192, 256  # tokens of the largest and smallest chunk that is looked at where the recipe leaves it open
 WORTH = 0.03  # share of the operations that advice must save
 
 
@@ -96,10 +96,11 @@ def plan(
 
 
 def _settled(made: Plan) -> Plan:
-    """What the recipe leaves open, about as a run settles it: the largest chunks that fit, up to TRIED, and the graphs that fit then."""
+    """What the recipe leaves open, about as a run settles it: chunks that leave room for graphs, up to TRIED tokens, and what fits then."""
     train = made.recipe.train
     if train.chunk_tokens is None:
-        made = next((other for tokens in _halves(TRIED) if _fits(other := made.cut(chunk_tokens=tokens))), made)
+        sizes = [made.cut(chunk_tokens=tokens) for tokens in _halves(TRIED)]
+        made = next((other for share in (0.7, 1.0) for other in sizes if _fits(other, share)), made)
     if train.activation_checkpointing is None and not _fits(made):
         made = made.cut(activation_checkpointing=True)
     return made.cut(keep_tokens=_keep(made)) if train.keep_tokens is None else made
