@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm2vec import log, prompts
 from vlm2vec.backbones import load_backbone, published, resolve
 from vlm2vec.backbones.base import FEATURE_OPTIONS, Backbone, Processor
+from vlm2vec.backbones.weights import misfit, read_safetensors
 from vlm2vec.batch import featurize
 from vlm2vec.collate import Features, moved, plan_chunks
 from vlm2vec.config import LoraConfig, ModelConfig, check_model
 from vlm2vec.data.types import ImageRef, Item
 from vlm2vec.errors import AdapterError, InputError, ModelError, RecipeError
 from vlm2vec.io import digest, read_json, write_json
-from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, check_tensors, load_adapter, save_adapter
+from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, load_adapter, save_adapter
 from vlm2vec.pooling import check_rows, normalize, pool
 
 SETTINGS = "vlm2vec.json"
@@ -208,9 +209,10 @@ class Encoder:
         return {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters() if "lora_" not in name}
 
     def _load_parts(self, file: Path) -> None:
-        found = load_file(file)
+        found = read_safetensors(file)
         parameters = self._base_parameters()
-        check_tensors({name: parameters[name] for name in found if name in parameters}, found, file)
+        if problem := misfit({name: parameters[name] for name in found if name in parameters}, found):
+            raise AdapterError(f"{file}: {problem}")
         with torch.no_grad():
             for name, tensor in found.items():
                 parameters[name].copy_(tensor)

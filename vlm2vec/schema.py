@@ -28,6 +28,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     ">= 1": lambda value: value >= 1,
     ">= 2": lambda value: value >= 2,
     "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 10080]": lambda value: 0 < value <= 10080,  # minutes of a week
 }
 
 
@@ -43,6 +44,7 @@ class RunConfig:
     dir: str = _key("folder of the run; empty means runs/<name of the recipe>", "")
     seed: int = _key("seed of weights, data order and dropout", 17, ">= 0")
     trackers: tuple[str, ...] = _key("accelerate trackers that also receive the log, such as tensorboard", ())
+    timeout: float = _key("minutes that a process waits for another, such as one that saves, before it gives up", 60.0, "in (0, 10080]")
 
 
 @dataclass(frozen=True, kw_only=True)
