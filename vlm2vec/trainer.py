@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from vlm2vec.engines import prepare
 from vlm2vec.errors import EnvError, RecipeError
 from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
+from vlm2vec.precompute import precompute
 from vlm2vec.signals import StopSignal
 from vlm2vec.step import Step
 
@@ -37,9 +39,11 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     resumed = checkpoint.latest(run_dir)
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
+    total = total_steps(recipe, mixture)
+    with stop.cutting("stopped while encoding pictures; run the same command to go on") if stop else nullcontext():
+        features = precompute(recipe, encoder, mixture, total * recipe.train.accumulate)
     engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
     start = checkpoint.restore(resumed, engine) if resumed else 0
-    total = total_steps(recipe, mixture)
     step_function = Step(recipe, engine)
     journal = Journal(run_dir, start, accelerator)
 
@@ -47,7 +51,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
         checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
 
     with log.progress(total, "training", "step", initial=start) as bar:
-        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total):
+        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total, features):
             if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
                 save(step)
                 raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on", number)
