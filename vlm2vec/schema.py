@@ -143,6 +143,13 @@ class DataConfig:
     )
     max_bad_fraction: float = _key("share of the mixture's pairs that may be replaced before the run stops", 0.001, "in [0, 1)")
 
+    feature_cache: float = _key(
+        "GiB of disk for features of pictures by frozen vision and projector, so that no epoch encodes them again; 0 means none",
+        0.0,
+        ">= 0",
+    )
+    feature_folder: str | None = _key("folder of the feature cache, which several runs may share; null means the run's own", None)
+
     def rules(self) -> Iterator[Violation]:
         """What holds between the keys of this section."""
         if not self.root:
@@ -245,11 +252,11 @@ class Recipe:
         return digest(self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """The resolved tree without what does not change the result: where the run lives, its engine, what it replays, how many bad pairs it
-        bears.
+        """The resolved tree without what does not change the result: where the run and its features live, its engine, what it replays, how
+        many bad pairs it bears.
         """
         tree = asdict(self) | {"run": {"seed": self.run.seed}}
-        del tree["train"]["engine"], tree["train"]["replay_gib"], tree["data"]["max_bad_fraction"]
+        del tree["train"]["engine"], tree["train"]["replay_gib"], tree["data"]["max_bad_fraction"], tree["data"]["feature_folder"]
         return tree
 
     def rules(self) -> Iterator[Violation]:
@@ -261,6 +268,8 @@ class Recipe:
             yield "model.train", "is empty and lora is null: nothing would be trained"
         if self.train.projector_lr is not None and "projector" not in (*adapted, *self.model.train):
             yield "train.projector_lr", "is given but the projector is not trained; add it to model.train or lora.parts"
+        if self.data.feature_cache and (trained := sorted({"vision", "projector"} & {*adapted, *self.model.train})):
+            yield "data.feature_cache", f"needs frozen vision and projector, and this recipe trains {' and '.join(trained)}; write 0"
         if self.data.block and self.train.global_batch % self.data.block:
             yield "data.block", f"({self.data.block}) must divide train.global_batch ({self.train.global_batch})"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from vlm2vec.engines import prepare
 from vlm2vec.errors import CheckpointError, EnvError, RecipeError
 from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
+from vlm2vec.precompute import precompute
 from vlm2vec.signals import StopSignal
 from vlm2vec.step import Step
 
@@ -38,9 +40,11 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     resumed = checkpoint.latest(run_dir)
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
+    total = total_steps(recipe, mixture)
+    with stop.cutting("stopped while encoding pictures; run the same command to go on") if stop else nullcontext():
+        features = precompute(recipe, encoder, mixture, total * recipe.train.accumulate)
     engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
     start = checkpoint.restore(resumed, engine) if resumed else 0
-    total = total_steps(recipe, mixture)
     if start > total:
         raise CheckpointError(f"{resumed}: beyond the last step of this recipe, {total}; choose another run.dir or pass --fresh")
     step_function = Step(recipe, engine)
@@ -50,7 +54,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
         checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
 
     with log.progress(total, "training", "step", initial=start) as bar:
-        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total):
+        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total, features):
             if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
                 save(step)
                 raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on", number)

@@ -24,7 +24,6 @@ from vlm2vec.errors import DataError, EnvError
 from vlm2vec.step import Step
 from vlm2vec.trainer import LOG, mixture_of
 
-
 FULL = {"why": "memory was full", "chunk_tokens": 80, "keep_tokens": 0, "activation_checkpointing": False}
 
 
