@@ -174,6 +174,13 @@ def test_a_renamed_folder_is_told_its_name(copied: Path, engine: Engine) -> None
         checkpoint.restore(newest, engine)
 
 
+def test_a_step_below_zero_is_none_even_if_the_folder_agrees(copied: Path, engine: Engine) -> None:
+    folder = (copied / "step-000006").rename(copied / "step--00006")
+    edit_json(folder, step=-6)
+    with pytest.raises(CheckpointError, match="state.json: step is -6"):
+        checkpoint.restore(folder, engine)
+
+
 def test_other_folders_are_no_checkpoints(copied: Path) -> None:
     for name in ("step-6", "step-000006-copy", "my-step-000006", "step-a-step-000007", "step-000008\n"):
         (copied / name).mkdir()
