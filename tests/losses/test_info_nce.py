@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from vlm2vec.errors import RecipeError
 from vlm2vec.losses import InfoNCE, info_nce
 from vlm2vec.losses.info_nce import TEMPERATURE_RANGE
 
+ROOT = Path(__file__).parents[2]
 MODES = list(itertools.product(["positive", "mask"], [False, True]))
 
 
@@ -115,7 +120,7 @@ def test_copies_and_order_of_targets_change_nothing(mode, symmetric, targets):
     assert relative(gradients[1], gradients[0]) < 1e-14
 
 
-@pytest.mark.parametrize("scores", [1, 12], ids=["row by row", "two rows and a rest"])
+@pytest.mark.parametrize("scores", [1, 12, 20], ids=["one by one", "three and a rest", "four and a rest"])
 @pytest.mark.parametrize(("mode", "symmetric"), MODES)
 def test_tiles_change_nothing(mode, symmetric, scores, monkeypatch):
     """Values, statistics and gradients, of the temperature too, with copies that fall into different tiles."""
@@ -132,6 +137,34 @@ def test_tiles_change_nothing(mode, symmetric, scores, monkeypatch):
         assert relative(tiled, whole) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_as_exact_as_cross_entropy_of_the_whole_matrix(symmetric, dtype, monkeypatch):
+    """Against float64, with five by six tiles. Float32 rounds scores of 1/0.05, so that the plain loss has errors of this size as well."""
+    monkeypatch.setattr(info_nce, "SCORES", 64**2)
+    given = unit_rows(300, seed=6, width=32), unit_rows(350, seed=7, width=32)
+    found = []
+    for kind, plain in ((dtype, False), (torch.float64, True)):
+        query_BD, target_ND = (each.to(kind, copy=True).requires_grad_() for each in given)
+        if plain:
+            score_BN = query_BD @ target_ND.T / 0.05
+            loss = F.cross_entropy(score_BN, torch.arange(300))
+            loss = (loss + F.cross_entropy(score_BN[:, :300].T, torch.arange(300))) / 2 if symmetric else loss
+        else:
+            loss, _ = build(symmetric=symmetric, temperature=0.05)(query_BD, target_ND, torch.arange(300), torch.arange(350))
+        loss.backward()
+        found.append((loss.detach(), query_BD.grad, target_ND.grad))
+    for ours, exact in zip(*found, strict=True):
+        assert relative(ours, exact) < (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_a_tiny_loss_keeps_its_digits():
+    """Softmax alone with weights: each query is on its target and 50 above all others, where float32 sees log(1 + 3e-22) as 0."""
+    same = torch.eye(3)
+    loss, _ = InfoNCE(LossConfig(temperature=0.02))(same, same, torch.arange(3), torch.arange(3))
+    assert float(loss) == pytest.approx(2 * math.exp(-50), rel=1e-5, abs=0)
+
+
 def test_no_more_scores_are_held_than_a_tile_has(monkeypatch):
     """Everything that the forward pass saves for the backward pass: embeddings, and nothing of the size of all scores."""
     monkeypatch.setattr(info_nce, "SCORES", 4 * 64)
@@ -145,6 +178,16 @@ def test_no_more_scores_are_held_than_a_tile_has(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         build("mask", True)(query_BD, target_ND, torch.arange(64), torch.arange(64))
     assert 0 < max(sizes) <= query_BD.numel()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_matrix():
+    """16,384 by 16,384 scores are 1 GiB; beyond inputs and gradients a fresh process holds a few tiles of 16 MiB."""
+    size = json.dumps({"queries": 16384, "targets": 16384, "width": 256})
+    command = [sys.executable, "-m", "benchmarks.throughput.loss", "--child", size]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout)["memory"] < 128 * 2**20
 
 
 def test_equal_copies_get_equal_parts_of_the_gradient():

@@ -20,31 +20,31 @@ distinct positives (here |P| > 1 is common: two queries with one label); the los
 
 Where copies of a target differ (dropout), each takes an equal part: its exponential and its numerator are divided by the number of copies.
 
-The B x N matrix of scores is never held: it is computed tile by tile, and again in the backward pass.
+The B x N matrix of scores is never held (`losses.scores`): any batch whose embeddings fit in memory will do.
 
-Shape letters: B queries, N target columns, D embedding; R anchors and K counterparts of one direction (P anchors that are positives); U
-groups of equal items.
+Shape letters: B queries, N target columns, D embedding; E related pairs of a row and a column; R anchors of one direction (P columns that
+are positives).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
 from vlm2vec.errors import RecipeError
+from vlm2vec.losses.related import Related
+from vlm2vec.losses.scores import Scores
 
 if TYPE_CHECKING:
     from vlm2vec.config import LossConfig
 
 # Half the smallest published temperature (0.01), and the plain cosine: a learnable temperature is projected into this range.
 TEMPERATURE_RANGE = (0.005, 1.0)
-SCORES = 2**18  # similarities held at once: 1 MiB in float32, and a few temporaries of that size
+SCORES = 2**22  # similarities held at once: a square tile, 16 MiB in float32, and a few temporaries of that size
 
 
 class InfoNCE(nn.Module):
@@ -76,7 +76,8 @@ class InfoNCE(nn.Module):
     def forward(
         self, query_BD: Tensor, target_ND: Tensor, positive_B: Tensor, target_id_N: Tensor, query_id_B: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar loss and detached statistics of unit rows; logits are float32 (float64 for float64 input).
+        """Return the scalar loss and detached statistics of unit rows; logits are float32 (float64 for float64 input). The loss can be
+        differentiated once.
 
         `positive_B` (int64) is the column of each query's own positive; columns with equal `target_id_N` (int64) are the same item, and so
         are rows with equal `query_id_B` (absent: all queries differ). Under distribution all arguments are those of the global batch, on
@@ -87,97 +88,67 @@ class InfoNCE(nn.Module):
         `duplicate_rate` (share of the pairs of different queries where the positive of one is related to the other).
         """
         dtype = torch.promote_types(query_BD.dtype, torch.float32)
-        query_BD, target_ND = query_BD.to(dtype), target_ND.to(dtype)
-        row_B = torch.arange(len(query_BD), device=query_BD.device)
-        query_group_B, query_copies_B = _groups(row_B if query_id_B is None else query_id_B)
-        target_group_N, target_copies_N = _groups(target_id_N)
-        query_copies_B, target_copies_N = query_copies_B.to(dtype), target_copies_N.to(dtype)
-        pair_2B = torch.stack([query_group_B, target_group_N[positive_B]])
-        temperature = self.temperature().to(query_BD.device, dtype)
+        related = Related.find(positive_B, target_id_N, query_id_B, math.isqrt(SCORES), dtype)
+        with torch.autocast(query_BD.device.type, enabled=False):
+            return self._contrast(query_BD.to(dtype), target_ND.to(dtype), positive_B, related)
 
-        def to_targets(row_R: Tensor) -> tuple[Tensor, ...]:
-            cosine_RN = _cosine(query_BD[row_R], target_ND)
-            related_RN = _related(query_group_B[row_R], target_group_N, pair_2B)
-            loss_R = _anchor_losses(cosine_RN / temperature, related_RN, target_copies_N, self.options.duplicates)
-            return loss_R, *_row_statistics(cosine_RN.detach(), related_RN, positive_B, query_copies_B[row_R], target_copies_N)
-
-        def to_queries(row_R: Tensor) -> tuple[Tensor, ...]:
-            cosine_RB = _cosine(target_ND[row_R], query_BD)
-            related_RB = _related(target_group_N[row_R], query_group_B, pair_2B.flip(0))
-            return (_anchor_losses(cosine_RB / temperature, related_RB, query_copies_B, self.options.duplicates),)
-
-        loss_B, hit_B, negative_B, negatives_B, others_B = _in_tiles(to_targets, row_B, len(target_ND))
-        loss = loss_B.mean()
+    def _contrast(self, query_BD: Tensor, target_ND: Tensor, positive_B: Tensor, related: Related) -> tuple[Tensor, dict[str, Tensor]]:
+        temperature = self.temperature().to(query_BD)
+        part_B, part_N, row_E, column_E = related.query_part_B, related.target_part_N, related.row_E, related.column_E
+        score_E, negative_B, negative_N, best_B = Scores.apply(query_BD, target_ND, temperature, related, self.options.symmetric)
+        loss = _direction(score_E, row_E, negative_B, part_N[column_E], self.options.duplicates).mean()
         if self.options.symmetric:
-            row_P = torch.isin(target_group_N, pair_2B[1]).nonzero()[:, 0]
-            (loss_P,) = _in_tiles(to_queries, row_P, len(query_BD))
-            loss = (loss + _mean(loss_P, 1 / target_copies_N[row_P])) / 2
+            column_P, anchor_E = torch.unique(column_E, return_inverse=True)
+            loss_P = _direction(score_E, anchor_E, negative_N.index_select(0, column_P), part_B[row_E], self.options.duplicates)
+            loss = (loss + (loss_P * part_N[column_P]).sum() / part_N[column_P].sum()) / 2
         with torch.no_grad():
-            count = len(query_BD)
-            return loss, {
-                "accuracy": hit_B.mean(),
-                "positive_similarity": (query_BD * target_ND[positive_B]).sum(1).mean(),
-                "negative_similarity": _mean(negative_B, negatives_B),
-                "duplicate_rate": others_B.sum() / max(1, count * (count - 1)),
-                "temperature": temperature.detach().clone(),
-            }
+            everything = (part_B @ query_BD) @ (part_N @ target_ND)
+            stats = _statistics(score_E * temperature, best_B * temperature, everything, positive_B, related)
+            return loss, {**stats, "temperature": temperature.detach().clone()}
 
 
-def _groups(id_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Number equal ids alike, 0..G-1 (K,), and count how many rows hold the id of each row (K,)."""
-    _, group_K, count_G = torch.unique(id_K, return_inverse=True, return_counts=True)
-    return group_K, count_G[group_K]
+def _direction(score_E: Tensor, anchor_E: Tensor, negative_R: Tensor, part_E: Tensor, duplicates: str) -> Tensor:
+    """The L_i (R,) of the module's docstring: from the scores of related pairs, the anchor of each pair (all of 0..R-1 occur), the
+    log-sum-exp of every anchor's negatives, and the part that the counterpart of each pair is of its item.
 
-
-def _in_tiles(function: Callable[[Tensor], tuple[Tensor, ...]], row_R: Tensor, width: int) -> list[Tensor]:
-    """What `function` gives for rows `row_R`, a tile of them at a time, so that SCORES scores or a single row are held at once.
-
-    More than one tile: each is computed again in the backward pass, which costs little beside the encoder.
+    A score is compared with log(exp(own) + exp(negative)) = own - log sigmoid(own - negative), where `own` is the score itself or the
+    log-sum-exp of all positives of its anchor. So a tiny loss is no difference of large numbers.
     """
-    tiles = row_R.split(max(1, SCORES // width))
-    run = function if len(tiles) == 1 else partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    return [torch.cat(parts) for parts in zip(*map(run, tiles), strict=True)]
+    count = len(negative_R)
+    share_E = part_E / _sums(part_E, anchor_E, count)[anchor_E]
+    own_E = score_E
+    if duplicates == "positive" and len(score_E) > count:  # otherwise each anchor has one positive
+        own_E = _logsumexps(score_E + part_E.log(), anchor_E, count).index_select(0, anchor_E)
+    loss_E = own_E - score_E - F.logsigmoid(own_E - negative_R.index_select(0, anchor_E))
+    return _sums(share_E * loss_E, anchor_E, count)
 
 
-def _cosine(anchor_RD: Tensor, counterpart_KD: Tensor) -> Tensor:
-    with torch.autocast(anchor_RD.device.type, enabled=False):
-        return anchor_RD @ counterpart_KD.T
+def _sums(value_E: Tensor, anchor_E: Tensor, count: int) -> Tensor:
+    """Per anchor (R,)."""
+    return value_E.new_zeros(count).index_add(0, anchor_E, value_E)
 
 
-def _related(anchor_group_R: Tensor, counterpart_group_K: Tensor, pair_2B: Tensor) -> Tensor:
-    """(R, K) bool: some pair joins the group of anchor r with the group of counterpart k."""
-    group_U, place_R = torch.unique(anchor_group_R, return_inverse=True)
-    place_B = torch.searchsorted(group_U, pair_2B[0]).clamp(max=len(group_U) - 1)
-    here_B = group_U[place_B] == pair_2B[0]
-    table = torch.zeros((len(group_U), int(counterpart_group_K.max()) + 1), dtype=torch.bool, device=group_U.device)
-    table[place_B[here_B], pair_2B[1, here_B]] = True
-    return table[place_R][:, counterpart_group_K]
+def _largest(value_E: Tensor, anchor_E: Tensor, count: int) -> Tensor:
+    """Per anchor (R,), a constant for autograd."""
+    return value_E.new_full((count,), -math.inf).scatter_reduce(0, anchor_E, value_E.detach(), "amax")
 
 
-def _anchor_losses(score_RK: Tensor, related_RK: Tensor, copies_K: Tensor, duplicates: str) -> Tensor:
-    """The L_i (R,) of the module's docstring; every row needs a related column. `copies_K` is how many columns hold the same item."""
-    counted_RK = score_RK - copies_K.log()  # copies together weigh one exponential
-    if duplicates == "positive":
-        total_RK = counted_RK.logsumexp(1, keepdim=True)
-    else:
-        negatives_R1 = counted_RK.masked_fill(related_RK, -math.inf).logsumexp(1, keepdim=True)
-        total_RK = torch.logaddexp(score_RK, negatives_R1)
-    share_RK = related_RK / copies_K
-    return ((total_RK - score_RK) * share_RK).sum(1) / share_RK.sum(1)
+def _logsumexps(value_E: Tensor, anchor_E: Tensor, count: int) -> Tensor:
+    """Per anchor (R,)."""
+    top_R = _largest(value_E, anchor_E, count)
+    return top_R + _sums((value_E - top_R[anchor_E]).exp(), anchor_E, count).log()
 
 
-def _row_statistics(cosine_RN: Tensor, related_RN: Tensor, positive_B: Tensor, copies_R: Tensor, copies_N: Tensor) -> tuple[Tensor, ...]:
-    """Per query (R,): whether a related target is nearest; mean similarity of unrelated targets and the weight of that mean, each item
-    counted once; how many positives of other queries are related to it.
+def _statistics(cosine_E: Tensor, best_B: Tensor, everything: Tensor, positive_B: Tensor, related: Related) -> dict[str, Tensor]:
+    """Those of `InfoNCE.forward`, from the cosines of related pairs, the largest of an unrelated target for each query, and the sum over
+    all pairs of a distinct query and a distinct target.
     """
-    hit_R = cosine_RN.masked_fill(~related_RN, -math.inf).amax(1) > cosine_RN.masked_fill(related_RN, -math.inf).amax(1)
-    weight_RN = ~related_RN / (copies_R[:, None] * copies_N)
-    weight_R = weight_RN.sum(1)
-    mean_R = (cosine_RN * weight_RN).sum(1) / weight_R.clamp(min=torch.finfo(cosine_RN.dtype).tiny)
-    others_R = related_RN[:, positive_B].sum(1) - 1
-    return hit_R.to(cosine_RN.dtype), mean_R, weight_R, others_R.to(cosine_RN.dtype)
-
-
-def _mean(value: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean, 0 if nothing has weight."""
-    return (value * weight).sum() / weight.sum().clamp(min=torch.finfo(value.dtype).tiny)
+    count, row_E, column_E = len(positive_B), related.row_E, related.column_E
+    unrelated = everything - (cosine_E * related.query_part_B[row_E] * related.target_part_N[column_E]).sum()
+    others = column_E.bincount(minlength=len(related.target_part_N))[positive_B].sum() - count
+    return {
+        "accuracy": (_largest(cosine_E, row_E, count) > best_B).to(best_B).mean(),
+        "positive_similarity": (cosine_E * (column_E == positive_B[row_E])).sum() / count,
+        "negative_similarity": unrelated / related.unrelated if related.unrelated else torch.zeros_like(unrelated),
+        "duplicate_rate": others.to(best_B) / max(1, count * (count - 1)),
+    }
