@@ -20,6 +20,7 @@ from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
 from vlm2vec.encoder import TRAINED_PARTS, Encoder
 from vlm2vec.engines import prepare
+from vlm2vec.engines.compiled import compiled
 from vlm2vec.errors import CheckpointError, EnvError, RecipeError
 from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
@@ -53,7 +54,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     def save(step: int) -> None:
         checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
 
-    with log.progress(total, "training", "step", initial=start) as bar:
+    with compiled(encoder, recipe.train), log.progress(total, "training", "step", initial=start) as bar:
         for step, batches in read_steps(recipe, mixture, encoder.processor, start, total, features):
             if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
                 save(step)
@@ -88,7 +89,7 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
     if resumed is None:
         encoder = Encoder.build(recipe.model, recipe.lora)
     else:
-        same = {key: getattr(recipe.model, key) for key in ("dtype", "attention", "trust_remote_code")}
+        same = {key: getattr(recipe.model, key) for key in ("dtype", "attention", "kernels", "trust_remote_code")}
         encoder = Encoder.from_pretrained(resumed, device="cpu", **same)
     found = encoder.trained_parts
     encoder.precision = recipe.train.precision
