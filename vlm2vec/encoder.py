@@ -313,7 +313,7 @@ class Encoder:
         """Embeddings (N, D) float32 on the CPU of N items that are features already, in their order."""
         rows = torch.empty((len(window), self.backbone.hidden_size))
         with _evaluating(self.model):
-            for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
+            for chunk in plan_chunks([len(features) for features in window], chunk_tokens, self.processor.packed):
                 batch = self.processor.collate([window[index] for index in chunk])
                 rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
         return rows

@@ -24,9 +24,10 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from vlm2vec.backbones.chat import RAW, ChatTemplate
 from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
+from vlm2vec.backbones.packed import boundaries, check_packs
 from vlm2vec.backbones.runs import Part as PromptPart
 from vlm2vec.backbones.runs import Run, Text, cut, gather, whole
-from vlm2vec.collate import Features, pad_tokens
+from vlm2vec.collate import Features, join_tokens, pad_tokens
 from vlm2vec.config import RESOLUTIONS, ModelConfig
 from vlm2vec.errors import DataError, ModelError, RecipeError
 from vlm2vec.io import digest
@@ -51,7 +52,7 @@ logger = get_logger(__name__)
 
 
 class Processor(ABC):
-    """Prompt and pictures of one item -> Features, and rows of Features -> a padded chunk. Pickles.
+    """Prompt and pictures of one item -> Features, and rows of Features -> a chunk, padded or packed. Pickles.
 
     Text is tokenized piece by piece with control tokens switched off, so nothing that a user writes can become one; image tokens are
     inserted by id. A text over its limit loses tokens from its end, a picture never does.
@@ -61,6 +62,7 @@ class Processor(ABC):
     tokenizer_class: ClassVar[Any] = AutoTokenizer
     image_processor_class: ClassVar[Any] = AutoImageProcessor
     flat_positions: ClassVar[bool] = False  # whether `positions: flat` differs from the family's own and is followed
+    packs: ClassVar[tuple[str, ...]] = ()  # types of language models with which items of this family can share a row
     margin: tuple[str, str] = ("", "")  # text on both sides of a picture, tokenized together with what stands there
     chat_mark: str | None = None  # what a chat template writes for a picture; the image token if None
 
@@ -72,6 +74,8 @@ class Processor(ABC):
         self.image_token_id: int = config.image_token_id
         if options.positions == "flat" and not self.flat_positions:
             raise RecipeError("model.positions: flat is only for models that lay pictures out in two dimensions; leave it native")
+        if self.packed:
+            check_packs(config, self.packs)
         self.limit_pixels(options.min_pixels, options.max_pixels)
         self.limit_crops(options.num_crops)
         self._protect(self.control_tokens())
@@ -162,13 +166,26 @@ class Processor(ABC):
         return [*self.prefix, *ids, *self.suffix]
 
     def collate(self, rows: Sequence[Features]) -> dict[str, Tensor]:
-        """Pad `rows` to one chunk: `input_ids` and `attention_mask` (C, L) and what the family adds."""
-        input_ids_CL, mask_CL = pad_tokens([row.input_ids for row in rows], self.pad_id, self.options.padding_side)
+        """One chunk of `rows`: `input_ids` and `attention_mask` as `lay_out` gives them, and what the family adds."""
+        input_ids_CL, mask_CL = self.lay_out([row.input_ids for row in rows], self.pad_id)
         return {"input_ids": input_ids_CL, "attention_mask": mask_CL, **self.collate_images(rows, input_ids_CL)}
 
+    def lay_out(self, rows: Sequence[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+        """One value per token of each item (L_i,) -> those of the chunk, and a mask of the same shape that is 0 on padding.
+
+        Padded rows (C, L) hold `fill` on padding, and 1 stands for tokens in the mask. A packed row is (1, T), and its mask numbers the
+        items from 1.
+        """
+        return join_tokens(rows) if self.packed else pad_tokens(rows, fill, self.options.padding_side)
+
     def positions(self, rows: Sequence[Features]) -> Tensor:
-        """Position ids (C, L) that count from 0 at the first real token, whatever the padding side; 0 on padding."""
-        return pad_tokens([torch.arange(len(row)) for row in rows], 0, self.options.padding_side)[0]
+        """Position ids as `lay_out` gives them, which count from 0 at the first token of each item; 0 on padding."""
+        return self.lay_out([torch.arange(len(row)) for row in rows])[0]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the items of a chunk share one row."""
+        return self.options.attention == "packed"
 
     @property
     def pad_id(self) -> int:
@@ -321,8 +338,14 @@ class Backbone(nn.Module, ABC):
         return int(self.model.config.get_text_config().hidden_size)
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Last hidden states (C, L, D) of a collated chunk."""
-        return self.model.model(**batch, use_cache=False).last_hidden_state
+        """Last hidden states of a collated chunk, for every place of its `input_ids`: (C, L, D), or (1, T, D) where it is packed."""
+        return self.model.model(**self.inputs(batch), use_cache=False).last_hidden_state
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """A collated chunk as the model takes it: where it is packed, the boundaries of items in the place of the mask."""
+        if not self.processor.packed:
+            return batch
+        return {**{name: tensor for name, tensor in batch.items() if name != "attention_mask"}, **boundaries(batch["attention_mask"])}
 
     def part_of(self, name: str) -> Part:
         """The part that a parameter or module of `model` belongs to, by its dotted name. Raises ModelError for a name outside all parts."""

@@ -20,7 +20,7 @@ from transformers import AutoConfig, Qwen2VLImageProcessorPil
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
 from vlm2vec.backbones.toy import CHAT, byte_tokenizer, small, write_checkpoint
-from vlm2vec.collate import Features, pad_tokens
+from vlm2vec.collate import Features
 from vlm2vec.errors import ImageError
 
 MAX_ASPECT = 200  # longer over shorter side that the family's resizing accepts
@@ -30,6 +30,7 @@ class QwenVLProcessor(Processor):
     """Pictures of any size as rows of patches and a grid (1, height, width) counted in patches."""
 
     flat_positions = True
+    packs = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
         """Bound the area to which pictures are resized."""
@@ -52,9 +53,9 @@ class QwenVLProcessor(Processor):
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """Patches and grids of all pictures, row after row, and `position_ids` (3, C, L): time, height, width."""
+        """Patches and grids of all pictures, row after row, and `position_ids` (3, C, L) or (3, 1, T): time, height, width."""
         axes = zip(*[self._positions(row) for row in rows], strict=True)
-        batch = {"position_ids": torch.stack([pad_tokens(axis, 0, self.options.padding_side)[0] for axis in axes])}
+        batch = {"position_ids": torch.stack([self.lay_out(axis)[0] for axis in axes])}
         images = [image for row in rows for image in row.images]
         for name in ("pixel_values", "image_grid_thw") if images else ():
             batch[name] = torch.cat([image[name] for image in images])
