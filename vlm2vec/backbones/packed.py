@@ -58,7 +58,7 @@ def boundaries(number_1T: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Who attends to whom within an item. `window`: a query of causal attention sees its own key and those before it, so many in all."""
+    """Who attends to whom within an item, and how. `window` is how many keys a query of causal attention sees at most, its own the last."""
 
     causal: bool
     window: int | None
@@ -147,7 +147,7 @@ def _together(query: Tensor, key: Tensor, value: Tensor, rule: _Rule) -> Tensor:
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys (L, L) each query sees behind a window."""
+    """Which keys (L, L) each query sees: its own and those before it, `window` in all."""
     return torch.ones((length, length), dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
