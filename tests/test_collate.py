@@ -57,7 +57,7 @@ def test_pad_tokens(side: str, ids: list[list[int]], mask: list[list[int]]) -> N
 def test_join_tokens() -> None:
     input_ids, attention_mask = join_tokens([torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 9])])
     assert input_ids.tolist() == [[5, 6, 7, 8, 9, 9]]
-    assert attention_mask.tolist() == [[1, 1, 1, 2, 3, 3]]
+    assert attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert input_ids.dtype == attention_mask.dtype == torch.long
 
 

@@ -5,7 +5,7 @@ Shape letters: C items in a chunk, L tokens, T tokens of all items of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,13 @@ def plan_chunks(lengths: Sequence[int], budget: int, packed: bool = False) -> li
     return chunks
 
 
+def moved(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on `device`; those for a GPU through pinned memory, so that the next chunk is made while this one travels."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
 def pad_tokens(rows: Sequence[Tensor], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
     """Stack token rows (L_i,) into `input_ids` (C, L) and `attention_mask` (C, L), padded on `side` ("left" or "right")."""
     longest = max(len(row) for row in rows)
@@ -80,6 +87,9 @@ def pad_tokens(rows: Sequence[Tensor], pad_id: int, side: str) -> tuple[Tensor, 
 
 
 def join_tokens(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Put token rows (L_i,) one behind the other into `input_ids` (1, T); `attention_mask` (1, T) numbers them from 1."""
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.cat(list(rows))[None], torch.arange(1, len(rows) + 1).repeat_interleave(lengths)[None]
+    """Put token rows (L_i,) one behind the other into `input_ids` (1, T); `attention_mask` (C, L) tells their lengths, as if padded.
+
+    Both shapes and their number can be read off it on a device without waiting for the device.
+    """
+    length_C = torch.tensor([len(row) for row in rows])
+    return torch.cat(list(rows))[None], (torch.arange(int(length_C.max())) < length_C[:, None]).long()

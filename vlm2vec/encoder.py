@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm2vec import log, prompts
 from vlm2vec.backbones import load_backbone, published, resolve
 from vlm2vec.backbones.base import FEATURE_OPTIONS, Backbone, Processor
+from vlm2vec.backbones.weights import misfit, read_safetensors
 from vlm2vec.batch import featurize
-from vlm2vec.collate import Features, plan_chunks
+from vlm2vec.collate import Features, moved, plan_chunks
 from vlm2vec.config import LoraConfig, ModelConfig, check_model
 from vlm2vec.data.types import ImageRef, Item
 from vlm2vec.errors import AdapterError, InputError, ModelError, RecipeError
 from vlm2vec.io import digest, read_json, write_json
-from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, check_tensors, load_adapter, save_adapter
-from vlm2vec.pooling import normalize, pool
+from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, load_adapter, save_adapter
+from vlm2vec.pooling import check_rows, normalize, pool
 
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
@@ -208,9 +209,10 @@ class Encoder:
         return {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters() if "lora_" not in name}
 
     def _load_parts(self, file: Path) -> None:
-        found = load_file(file)
+        found = read_safetensors(file)
         parameters = self._base_parameters()
-        check_tensors({name: parameters[name] for name in found if name in parameters}, found, file)
+        if problem := misfit({name: parameters[name] for name in found if name in parameters}, found):
+            raise AdapterError(f"{file}: {problem}")
         with torch.no_grad():
             for name, tensor in found.items():
                 parameters[name].copy_(tensor)
@@ -223,6 +225,14 @@ class Encoder:
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("lora_" in name or name.replace(".base_layer.", ".") in self.trained_parts)
+
+    def recompute_activations(self, on: bool) -> None:
+        """Keep only the inputs of layers for the backward pass, or all activations: memory against time, the gradient is the same."""
+        if on:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.disable_input_require_grads()  # what reentrant recomputation needs; here it would only lengthen the backward pass
+        elif self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_disable()
 
     # -- the model -----------------------------------------------------------------------------------------------------------------------
 
@@ -244,7 +254,7 @@ class Encoder:
         return self
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
-        """(C, D) float32 unit rows of a collated chunk, differentiable. Raises NonFiniteError on a zero or non-finite embedding."""
+        """(C, D) float32 unit rows of a collated chunk, differentiable. A zero or non-finite embedding is a row of NaN: `check_rows`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             hidden_CLD = self.backbone.hidden(batch)
         return normalize(pool(hidden_CLD, batch["attention_mask"], self.options.pooling))
@@ -310,13 +320,18 @@ class Encoder:
 
     @torch.no_grad()
     def embed_features(self, window: Sequence[Features], chunk_tokens: int = 32768) -> Tensor:
-        """Embeddings (N, D) float32 on the CPU of N items that are features already, in their order."""
-        rows = torch.empty((len(window), self.backbone.hidden_size))
+        """Embeddings (N, D) float32 on the CPU of N items that are features already, in their order.
+
+        Raises NonFiniteError when one of them is zero, infinite or not a number.
+        """
+        rows_ND = torch.empty((len(window), self.backbone.hidden_size), device=self.device)
         with _evaluating(self.model):
             for chunk in plan_chunks([len(features) for features in window], chunk_tokens, self.processor.packed):
-                batch = self.processor.collate([window[index] for index in chunk])
-                rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
-        return rows
+                inputs = self.processor.collate([window[index] for index in chunk])
+                rows_ND[torch.tensor(chunk, device=self.device)] = self.embed(moved(inputs, self.device))
+        rows_ND = rows_ND.cpu()  # the first time that a GPU is waited for
+        check_rows(rows_ND)
+        return rows_ND
 
 
 @contextmanager

@@ -12,15 +12,15 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor, how: str) -> Tensor:
     """`embedding_BD`: the state of the last real token ("last") or the mean over the real tokens ("mean").
 
     It is float32, or float64 for float64 states. The mask alone says which tokens are real, so that left and right padding give the same
-    result, and whose they are: it holds the number of a token's item within its row, from 1, and 0 on padding. Rows are padded and hold one
-    item each, or there is one row, packed: states (1, T, D) and a mask (1, T) of 1, 1, 1, 2, 2, ... give as many embeddings as items.
-    A row without a real token becomes NaN, which `normalize` refuses. Raises InputError for another `how`.
+    result, and which item they belong to: row b of it holds the tokens of item b, that many. States (B, L, D) have a row for each item too;
+    states (1, T, D) are packed, with the tokens of all items behind one another. A row without a real token becomes NaN, which `check_rows`
+    refuses. Raises InputError for another `how`.
     """
     if how not in ("last", "mean"):
         raise InputError(f"model.pooling: expected last or mean, got {how!r}")
-    if int(mask_BL.max()) > 1:
-        return _pool_packed(hidden_BLD[0], mask_BL[0], how)
     real_BL = mask_BL.bool()
+    if len(hidden_BLD) != len(real_BL):
+        return _pool_packed(hidden_BLD[0], real_BL.sum(dim=1), how)
     embedding_BD = _last(hidden_BLD, real_BL) if how == "last" else _mean(hidden_BLD, real_BL)
     return embedding_BD.masked_fill(~real_BL.any(dim=1, keepdim=True), float("nan"))
 
@@ -28,16 +28,21 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor, how: str) -> Tensor:
 def normalize(embedding_BD: Tensor) -> Tensor:
     """Rows of unit length, in float32 at least: bfloat16 norms are off by up to 0.3 %, which a temperature of 0.02 magnifies.
 
-    Raises NonFiniteError for a row that is zero, NaN or infinite, or whose squares leave the range of float32.
+    A row that is zero, NaN or infinite, or whose squares leave the range of float32, becomes NaN. Asking here would make a GPU wait for
+    the answer after every chunk: `check_rows` asks once for many.
     """
     embedding_BD = embedding_BD.to(_wide(embedding_BD))
     norm_B1 = torch.linalg.vector_norm(embedding_BD, dim=-1, keepdim=True)
-    usable_B = (torch.isfinite(norm_B1) & (norm_B1 > 0)).squeeze(-1)
-    if not bool(usable_B.all()):
-        bad = (~usable_B).nonzero().squeeze(-1).tolist()
-        found = f"the first is row {bad[0]} with norm {float(norm_B1[bad[0]])}"
-        raise NonFiniteError(f"{len(bad)} of {len(usable_B)} embeddings cannot be normalized; {found}")
-    return embedding_BD / norm_B1
+    usable_B1 = torch.isfinite(norm_B1) & (norm_B1 > 0)
+    return embedding_BD / norm_B1.masked_fill(~usable_B1, float("nan"))
+
+
+def check_rows(unit_ND: Tensor) -> None:
+    """Raise NonFiniteError if a row is no embedding, as `normalize` marks it."""
+    bad_N = ~torch.isfinite(unit_ND).all(dim=-1)
+    if bool(bad_N.any()):
+        bad = bad_N.nonzero().squeeze(-1).tolist()
+        raise NonFiniteError(f"{len(bad)} of {len(bad_N)} embeddings are zero, infinite or not a number; the first is row {bad[0]}")
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -58,8 +63,8 @@ def _mean(hidden_BLD: Tensor, real_BL: Tensor) -> Tensor:
     return total_BD / real_BL.sum(dim=1, keepdim=True)
 
 
-def _pool_packed(hidden_TD: Tensor, number_T: Tensor, how: str) -> Tensor:
-    length_B = torch.unique_consecutive(number_T, return_counts=True)[1]
+def _pool_packed(hidden_TD: Tensor, length_B: Tensor, how: str) -> Tensor:
     if how == "last":
         return hidden_TD[length_B.cumsum(0) - 1].to(_wide(hidden_TD))
-    return torch.stack([item_LD.mean(0, dtype=_wide(hidden_TD)) for item_LD in hidden_TD.split(length_B.tolist())])
+    # `unsafe` leaves out a check of the lengths, for which a GPU would be waited for
+    return torch.segment_reduce(hidden_TD.to(_wide(hidden_TD)), "mean", lengths=length_B, unsafe=True)

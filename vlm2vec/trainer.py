@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,9 @@ from accelerate import Accelerator
 from vlm2vec import checkpoint, dist, io, log
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
-from vlm2vec.encoder import Encoder
+from vlm2vec.encoder import TRAINED_PARTS, Encoder
 from vlm2vec.engines import prepare
-from vlm2vec.errors import EnvError, RecipeError
+from vlm2vec.errors import CheckpointError, EnvError, RecipeError
 from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
 from vlm2vec.signals import StopSignal
@@ -40,6 +41,8 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
     start = checkpoint.restore(resumed, engine) if resumed else 0
     total = total_steps(recipe, mixture)
+    if start > total:
+        raise CheckpointError(f"{resumed}: beyond the last step of this recipe, {total}; choose another run.dir or pass --fresh")
     step_function = Step(recipe, engine)
     journal = Journal(run_dir, start, accelerator)
 
@@ -83,11 +86,19 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
     else:
         same = {key: getattr(recipe.model, key) for key in ("dtype", "attention", "trust_remote_code")}
         encoder = Encoder.from_pretrained(resumed, device="cpu", **same)
+    found = encoder.trained_parts
     encoder.precision = recipe.train.precision
     encoder.train_only(recipe.model.train)
-    if recipe.train.activation_checkpointing:
-        encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if resumed and encoder.adapter is not None:
+        _check_parts(found, encoder.trained_parts, resumed / TRAINED_PARTS)
     return encoder
+
+
+def _check_parts(found: Sequence[str], trained: Sequence[str], file: Path) -> None:
+    """Raise CheckpointError unless what lies beside an adapter are all weights that the recipe trains in full, and no others."""
+    for name in sorted({*found} ^ {*trained}):
+        fault = "unexpected" if name in found else "missing"
+        raise CheckpointError(f"{file}: tensor {name} is {fault}; go on with the recipe that wrote it")
 
 
 def mixture_of(recipe: Recipe) -> Mixture:

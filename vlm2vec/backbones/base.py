@@ -171,10 +171,9 @@ class Processor(ABC):
         return {"input_ids": input_ids_CL, "attention_mask": mask_CL, **self.collate_images(rows, input_ids_CL)}
 
     def lay_out(self, rows: Sequence[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
-        """One value per token of each item (L_i,) -> those of the chunk, and a mask of the same shape that is 0 on padding.
+        """One value per token of each item (L_i,) -> those of the chunk, and a mask (C, L) that is 1 for each token of an item.
 
-        Padded rows (C, L) hold `fill` on padding, and 1 stands for tokens in the mask. A packed row is (1, T), and its mask numbers the
-        items from 1.
+        Rows are padded to (C, L) with `fill`, or packed: one behind the other in (1, T), and then the mask tells their lengths.
         """
         return join_tokens(rows) if self.packed else pad_tokens(rows, fill, self.options.padding_side)
 

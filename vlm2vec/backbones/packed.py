@@ -47,12 +47,11 @@ def set_packed(model: Any) -> None:
     model.set_attn_implementation({name: PACKED})
 
 
-def boundaries(number_1T: Tensor) -> dict[str, Any]:
-    """What the attention in a packed row must know, whose tokens are numbered 1, 1, 1, 2, 2, ... by item: transformers'
-    FlashAttentionKwargs, of which `cu_seq_lens_*` (C + 1,) hold the first token of each item and T.
+def boundaries(mask_CL: Tensor) -> dict[str, Any]:
+    """What the attention in a packed row must know, whose items have the tokens of `mask_CL`: transformers' FlashAttentionKwargs, of which
+    `cu_seq_lens_*` (C + 1,) hold the first token of each item and T. A GPU is not waited for.
     """
-    length_C = torch.unique_consecutive(number_1T, return_counts=True)[1]
-    starts, longest = pad(length_C.cumsum(0), (1, 0)).int(), int(length_C.max())
+    starts, longest = pad(mask_CL.sum(dim=1).cumsum(0), (1, 0)).int(), mask_CL.shape[1]
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
