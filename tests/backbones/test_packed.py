@@ -22,6 +22,7 @@ from vlm2vec.collate import Features, join_tokens
 from vlm2vec.config import LoraConfig, ModelConfig
 from vlm2vec.errors import ModelError, RecipeError
 from vlm2vec.lora import add_lora
+from vlm2vec.pooling import pool
 from vlm2vec.replay import Replay
 
 Tiny = Callable[..., Backbone]
@@ -258,8 +259,13 @@ def attend(states: list[Tensor], causal: bool, window: int | None) -> Tensor:
     return packed_attention(module, *states, None, scaling=0.3, sliding_window=window, **boundaries(MASK))[0]
 
 
+@pytest.mark.parametrize("short", [0, 7, 100])  # items up to it go by products
 @pytest.mark.parametrize(("causal", "window"), RULES)
-def test_attention_is_that_of_a_block_for_each_item(states: list[Tensor], causal: bool, window: int | None) -> None:
+def test_attention_is_that_of_a_block_for_each_item(
+    states: list[Tensor], causal: bool, window: int | None, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "HALF", (torch.float64,))
+    monkeypatch.setattr(packed, "SHORT", short)
     weights = torch.randn(1, sum(LENGTHS), 6, 8, dtype=torch.float64)
     found, expected = attend(states, causal, window), reference(*states, blocks(LENGTHS, causal, window), 0.3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
@@ -292,7 +298,9 @@ def test_torch_has_the_kernel_with_the_arguments_that_we_give() -> None:
     inspect.signature(varlen.varlen_attn).bind(*range(7), scale=1.0, window_size=(-1, 0), enable_gqa=True)
 
 
-def test_dropout_reaches_the_scores(states: list[Tensor]) -> None:
+@pytest.mark.parametrize("half", [(), (torch.float64,)])
+def test_dropout_reaches_the_scores(states: list[Tensor], half: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "HALF", half)
     torch.manual_seed(0)
     found, _ = packed_attention(SimpleNamespace(is_causal=True), *states, None, dropout=0.5, scaling=0.3, **boundaries(MASK))
     assert not torch.allclose(found, attend(states, True, None))
@@ -303,3 +311,10 @@ def test_boundaries() -> None:
     assert made["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] and made["cu_seq_lens_q"].dtype == torch.int32
     assert made["cu_seq_lens_k"] is made["cu_seq_lens_q"]
     assert made["max_length_q"] == made["max_length_k"] == 3
+
+
+def test_no_device_is_waited_for() -> None:
+    """On "meta" tensors have no values, so that whatever needs one, as the host does that waits for a GPU, fails."""
+    mask = torch.ones(3, 5, device="meta")
+    assert boundaries(mask)["cu_seq_lens_q"].shape == (4,)
+    assert pool(torch.ones(1, 9, 2, device="meta"), mask, "last").shape == (3, 2)
