@@ -55,6 +55,14 @@ def test_both_padding_sides_give_the_same_embeddings() -> None:
     torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
 
 
+def test_packed_chunks_give_the_same_embeddings_under_another_fingerprint() -> None:
+    padded, packed = (Encoder.from_pretrained("builtin/tiny-qwen2_vl", attention=attention) for attention in ("sdpa", "packed"))
+    expected = padded.encode(items())
+    torch.testing.assert_close(packed.encode(items(), chunk_tokens=10**6), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed.encode(items(), chunk_tokens=300), expected, atol=1e-6, rtol=0)
+    assert packed.fingerprint() != padded.fingerprint()
+
+
 def test_order_and_repeats_are_kept_and_workers_change_nothing() -> None:
     encoder = Encoder.from_pretrained("builtin/tiny-qwen2_vl")
     rows = encoder.encode(items())

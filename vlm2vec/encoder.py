@@ -342,7 +342,7 @@ class Encoder:
         """
         rows_ND = torch.empty((len(window), self.backbone.hidden_size), device=self.device)
         with self.evaluating():
-            for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
+            for chunk in plan_chunks([len(features) for features in window], chunk_tokens, self.processor.packed):
                 inputs = self.processor.collate([window[index] for index in chunk])
                 rows_ND[torch.tensor(chunk, device=self.device)] = self.embed(moved(inputs, self.device))
         rows_ND = rows_ND.cpu()  # the first time that a GPU is waited for

@@ -56,7 +56,9 @@ class ModelConfig:
     family: str | None = _key("model type; read from config.json when null; the tiny form needs it", None)
     trust_remote_code: bool = _key("run Python code that ships with the model; needs a pinned revision", False)
     dtype: Literal["float32", "bfloat16", "float16"] = _key("number format of the stored weights", "float32")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = _key("attention kernel; the last needs the extra flash", "sdpa")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "packed"] = _key(
+        "attention kernel; packed puts the items of a chunk into one row, flash_attention_2 needs the extra flash", "sdpa"
+    )
     kernels: Literal["liger"] | None = _key("fused kernels of the language model, for GPUs; needs the extra kernels", None)
     pooling: Literal["last", "mean"] = _key("which hidden states become the embedding", "last")
     padding_side: Literal["left", "right"] = _key("side on which shorter rows are padded", "right")

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, GotOcr2ImageProcessorPil
 
 from vlm2vec.backbones.base import Assets
+from vlm2vec.backbones.packed import CAUSAL
 from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
 from vlm2vec.backbones.toy import byte_tokenizer, small, write_checkpoint
 from vlm2vec.config import ModelConfig
@@ -26,6 +27,8 @@ START, END = "<img>", "</img>"
 
 class InternVLProcessor(TileProcessor):
     """Pictures as (T, 3, E, E) tiles; T is 1 for a picture that is not cut."""
+
+    packs = CAUSAL
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]

@@ -34,6 +34,7 @@ class Phi3VProcessor(Processor):
     # The published tokenizer_config.json names a Llama class, which builds another tokenizer than tokenizer.json describes.
     tokenizer_class: ClassVar[Any] = PreTrainedTokenizerFast
     image_processor_class: ClassVar[Any] = Phi3VImageProcessor
+    packs = (Phi3VConfig.model_type,)
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         if image_processor.side != config.vision_config.image_size:
