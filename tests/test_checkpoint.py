@@ -129,7 +129,7 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], ob
 
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "format": (lambda folder: edit_json(folder, format=2), "state.json: format is 2, this version reads 1; if it is newer, upgrade"),
+    "format": (lambda folder: edit_json(folder, format=2), "state.json: written in format 2; this version reads format 1, upgrade"),
     "key": (lambda folder: edit_json(folder, epoch=1), "state.json: key 'epoch' is unexpected"),
     "step": (lambda folder: edit_json(folder, step=True), "state.json: step is True, not an integer"),
     "other step": (lambda folder: edit_json(folder, step=3), "state.json: step is 3 but the folder is called step-000006"),
