@@ -385,7 +385,7 @@ STATE: dict[str, tuple[Harm, str]] = {
     "state-step-zero": (renamed(0, told(step=0)), rf"optimizer.safetensors: tensor \S+ is unexpected; .*{STRANGE}"),
     "folder-renamed": (renamed(400), "state.json: step is 4 but the folder is called step-000400; if you renamed it, rename it back"),
     "beyond-the-recipe": (of_step(400), "step-000400: beyond the last step of this recipe, 6"),
-    "state-of-the-future": (told(format=99), "state.json: written in format 99; this version reads format 1, upgrade vlm2vec if"),
+    "state-of-the-future": (told(format=99), "state.json: written in format 99; this version reads format 1, upgrade vlm2vec"),
     "state-of-the-future-with-more": (told(format=2, scheduler={}), "state.json: written in format 2; this version"),
     "state-format-zero": (told(format=0), "state.json: written in format 0;"),
     "state-format-bool": (told(format=True), "state.json: written in format True;"),
