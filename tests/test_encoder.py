@@ -14,7 +14,9 @@ from PIL import Image
 from vlm2vec import Encoder
 from vlm2vec.backbones import registry
 from vlm2vec.config import LoraConfig, ModelConfig
-from vlm2vec.errors import InputError, ModelError
+from vlm2vec.data.types import ImageRef, Item
+from vlm2vec.encoder import _blocks
+from vlm2vec.errors import ImageError, InputError, ModelError
 
 FAMILIES = sorted(registry())
 
@@ -180,6 +182,21 @@ def test_workers_hold_no_file_open_for_an_item() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert done.stdout.strip() == "torch.Size([300, 32])", done.stderr[-2000:]
+
+
+def test_workers_take_blocks_that_end_with_their_window() -> None:
+    assert list(_blocks([3, 40, 0, 16])) == [range(3), range(3, 19), range(19, 35), range(35, 43), range(43, 59)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_picture_is_named_in_one_line_and_windows_before_it_are_whole(workers: int) -> None:
+    """As evaluation needs it, which keeps every window that it was given."""
+    encoder = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu")
+    items = [Item(f"{number}") for number in range(20)] + [Item(images=(ImageRef(b"", "row 20"),))]
+    windows = encoder.stream(items, [18, 3], workers=workers)
+    assert next(windows).shape == (18, 32)
+    with pytest.raises(ImageError, match=r"^row 20: not an image \(the file is empty\)$"):
+        next(windows)
 
 
 def test_encoding_is_done_in_evaluation_mode_which_ends_with_it() -> None:

@@ -120,16 +120,6 @@ def test_a_dead_worker_names_its_sample(damaged: Path, tmp_path: Path, monkeypat
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
-def test_workers_outlive_the_first_signal_to_the_whole_group(forked: Callable[..., int]) -> None:
-    def child() -> None:
-        feed._patient(0)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    assert forked(child) == -signal.SIGTERM
-
-
 def test_other_errors_of_a_worker_stay_what_they_are(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "load_image", lambda image: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
