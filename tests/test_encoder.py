@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_a_folder_of_a_newer_format_or_an_adapter_without_its_part_is_refused(tm
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="adapter_model.safetensors: not found, and no adapter_model.bin"):
         Encoder.from_pretrained(tmp_path)
+
+
+def test_how_pictures_are_decoded_is_saved_and_old_folders_know_only_one_way(tmp_path: Path) -> None:
+    exact = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu")
+    draft = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu", decode="draft")
+    assert exact.options.decode == "exact" and exact.fingerprint() != draft.fingerprint()
+    draft.save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path).fingerprint() == draft.fingerprint()
+    settings = json.loads((tmp_path / "vlm2vec.json").read_text())
+    assert settings["model"].pop("decode") == "draft"
+    (tmp_path / "vlm2vec.json").write_text(json.dumps(settings))
+    assert Encoder.from_pretrained(tmp_path).fingerprint() == exact.fingerprint()
 
 
 def test_workers_hold_no_file_open_for_an_item() -> None:

@@ -106,10 +106,10 @@ def test_a_dead_worker_names_its_sample(damaged: Path, tmp_path: Path, monkeypat
     """As when the system kills it for its memory, or a decoder crashes; the handler of SIGCHLD is as it was."""
     original, victim = batch.load_image, "yellow square_1.png"
 
-    def deadly(image: ImageRef) -> Image.Image:
+    def deadly(image: ImageRef, **options: Any) -> Image.Image:
         if victim in image.label:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(image)
+        return original(image, **options)
 
     monkeypatch.setattr(batch, "load_image", deadly)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds between looks at late workers; usually 5
@@ -121,6 +121,6 @@ def test_a_dead_worker_names_its_sample(damaged: Path, tmp_path: Path, monkeypat
 
 
 def test_other_errors_of_a_worker_stay_what_they_are(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "load_image", lambda image: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         read(skipping(damaged, tmp_path / "run", workers=1))

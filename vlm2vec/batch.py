@@ -44,7 +44,8 @@ def featurize(processor: Processor, item: Item) -> Features:
     """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction."""
     options = processor.options
     shown = replace(item, instruction="") if options.prompt == "chat" else item
-    images = [load_image(image) for image in item.images]
+    needed = processor.needed_size if options.decode == "draft" else None
+    images = [load_image(image, needed=needed) for image in item.images]
     return processor.features(prompts.render(shown, options.keep_stray), images, item.instruction)
 
 

@@ -67,6 +67,12 @@ class Idefics3Processor(Processor):
         """Length of the expansion for a picture of this size."""
         return len(self._expansion(*self._grid(width, height)))
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The picture at its longest edge, or its tiles where they are larger."""
+        rows, columns = self._grid(width, height)
+        wide, high = _scaled(width, height, self.image_processor.size["longest_edge"])
+        return max(wide, columns * self.edge), max(high, rows * self.edge)
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """`pixel_values` (1, all tiles of the chunk, 3, edge, edge), row after row: the model needs only their order, so none is padded."""
         batch = {"position_ids": self.positions(rows)}

@@ -64,6 +64,11 @@ class Phi3VProcessor(Processor):
         """Tokens of the grid that this size falls into."""
         return self.image_processor.count_tokens(*self.image_processor.grid(width, height)) + len(self.prefix)
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all crops."""
+        rows, columns = self.image_processor.grid(width, height)
+        return columns * self.image_processor.side, rows * self.image_processor.side
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """`position_ids` (C, L), the crops of all pictures (T, 3, S, S), row after row, and `image_sizes` (N, 2)."""
         batch = {"position_ids": self.positions(rows)}
