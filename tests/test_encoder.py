@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm2vec import Encoder
+from vlm2vec import Encoder, batch
 from vlm2vec.backbones import registry
 from vlm2vec.config import LoraConfig, ModelConfig
 from vlm2vec.data.types import ImageRef, Item
@@ -195,6 +195,14 @@ def test_workers_hold_no_file_open_for_an_item() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert done.stdout.strip() == "torch.Size([300, 32])", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_workers_the_main_process_decodes_nothing(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, here = batch.load_image, []
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: here.append(1) or original(image, **options))
+    Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu").encode([picture(9)], workers=workers)
+    assert len(here) == (0 if workers else 1)
 
 
 def test_workers_take_blocks_that_end_with_their_window() -> None:

@@ -120,6 +120,16 @@ def test_a_dead_worker_names_its_sample(damaged: Path, tmp_path: Path, monkeypat
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_workers_the_main_process_decodes_nothing(
+    workers: int, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, here = batch.load_image, []
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: here.append(1) or original(image, **options))
+    read(skipping(damaged, tmp_path / "run", workers=workers))
+    assert bool(here) == (workers == 0)
+
+
 def test_other_errors_of_a_worker_stay_what_they_are(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "load_image", lambda image, **options: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
