@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -23,8 +24,9 @@ from vlm2vec.backbones.base import Processor
 from vlm2vec.collate import Features
 from vlm2vec.data.bad import BadPair, too_many
 from vlm2vec.data.images import load_image
-from vlm2vec.data.types import Item, Pair
+from vlm2vec.data.types import ImageRef, Item, Pair
 from vlm2vec.errors import ImageError, Vlm2VecError
+from vlm2vec.feature_cache import FeatureCache
 
 
 @dataclass
@@ -40,13 +42,20 @@ class Batch:
     bad: list[BadPair] = field(default_factory=list)
 
 
-def featurize(processor: Processor, item: Item) -> Features:
-    """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction."""
+def featurize(processor: Processor, item: Item, cache: FeatureCache | None = None) -> Features:
+    """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction.
+
+    A picture that `cache` holds is not decoded: its features take the place of pixels.
+    """
     options = processor.options
     shown = replace(item, instruction="") if options.prompt == "chat" else item
-    needed = processor.needed_size if options.decode == "draft" else None
-    images = [load_image(image, needed=needed) for image in item.images]
+    images = [(cache.known(image) if cache else None) or decoded(processor, image) for image in item.images]
     return processor.features(prompts.render(shown, options.keep_stray), images, item.instruction)
+
+
+def decoded(processor: Processor, image: ImageRef) -> Image.Image:
+    """The pixels of a picture for this processor, as `model.decode` says."""
+    return load_image(image, needed=processor.needed_size if processor.options.decode == "draft" else None)
 
 
 def make_batch(
@@ -129,12 +138,13 @@ class BatchDataset(Dataset[Batch | Vlm2VecError]):
         world_size: int,
         skip: int | None = None,
         whereabouts: Whereabouts | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.mixture = mixture
         self.processor = processor
         self.explicit_negatives = explicit_negatives
         self.rank, self.world_size = rank, world_size
-        self.skip, self.whereabouts = skip, whereabouts
+        self.skip, self.whereabouts, self.cache = skip, whereabouts, cache
 
     def __getitem__(self, index: int) -> Batch | Vlm2VecError:
         known: dict[str, Features] = {}
@@ -174,7 +184,7 @@ class BatchDataset(Dataset[Batch | Vlm2VecError]):
             if item.key not in known and item.key not in fresh:
                 if self.whereabouts is not None:
                     self.whereabouts.note(*place, number)
-                fresh[item.key] = featurize(self.processor, item)
+                fresh[item.key] = featurize(self.processor, item, self.cache)
         return fresh
 
 

@@ -56,7 +56,7 @@ def pack(value: Any) -> Packed:
         return tensors[-1][0]
 
     outline = _changed(value, Tensor, place)
-    flat = _shared(max(1, size))
+    flat = _shared(size) if size else torch.empty(0, dtype=torch.uint8)
     for where, tensor in tensors:
         where.of(flat).copy_(tensor)
     return Packed(flat, outline)
