@@ -5,9 +5,8 @@ Shape letters: C items in a chunk, L tokens, T tokens of all items of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +26,6 @@ class Features:
     @property
     def nbytes(self) -> int:
         return self.input_ids.nbytes + sum(tensor.nbytes for image in self.images for tensor in image.values())
-
-    def as_arrays(self) -> Features:
-        """The same in numpy arrays, to send to another process: each tensor would hold a file descriptor there until it is used."""
-        return self._each(torch.Tensor.numpy)
-
-    def as_tensors(self) -> Features:
-        """What `as_arrays` was made of; tensors stay as they are."""
-        return self._each(torch.as_tensor)
-
-    def _each(self, change: Callable[[Any], Any]) -> Features:
-        images = [{name: change(value) for name, value in image.items()} for image in self.images]
-        return Features(change(self.input_ids), images, self.truncated)
 
 
 def tokens_laid_out(lengths: Sequence[int], packed: bool = False) -> int:

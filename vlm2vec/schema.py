@@ -73,6 +73,10 @@ class ModelConfig:
     resize: Literal["low", "mid", "high"] | int | None = _key(
         "edge of the square that pictures are squashed to before anything else; low is 128, mid 672, high 1344", None, ">= 1"
     )
+    decode: Literal["exact", "draft"] = _key(
+        "JPEG pictures at their full size; or at a half, quarter or eighth of it where that is twice what is needed: faster, not the same",
+        "exact",
+    )
     prompt: Literal["raw", "chat"] = _key("text as it is, or as a user turn of the checkpoint's own chat template", "raw")
     system: str | None = _key("system turn of a chat for items without an instruction, which takes its place", None)
     ending: str | None = _key("control tokens after the start of the answer of a chat, such as <|endoftext|>", None)

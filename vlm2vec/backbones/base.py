@@ -46,7 +46,7 @@ FAMILIES: dict[str, type[Backbone]] = {}  # by the `model_type` of config.json; 
 ASSETS = ("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
 # Recipe keys that change what a processor gives.
 FEATURE_OPTIONS = (
-    *("max_tokens", "min_pixels", "max_pixels", "num_crops", "resize", "positions"),
+    *("max_tokens", "min_pixels", "max_pixels", "num_crops", "resize", "decode", "positions"),
     *("prompt", "system", "ending", "keep_stray"),
 )
 MUCH_TOO_LONG = 10  # a text this many times over its limit is worth a warning
@@ -116,6 +116,10 @@ class Processor(ABC):
         """What the vision tower needs of one or more pictures at once."""
         return {name: torch.cat([image[name] for image in images]) for name in self.picture_inputs}
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The largest width and height that the family scales a picture of this size to; by default it is taken to use every pixel."""
+        return width, height
+
     def control_tokens(self) -> list[str]:
         """Tokens that only we may insert, beside those that the tokenizer already treats as special."""
         return [self.image_token]
@@ -167,6 +171,11 @@ class Processor(ABC):
     def image_tokens_estimate(self, width: int, height: int) -> int:
         """How many ids a picture of this size will take, after `model.resize`: arithmetic only, so that it can be asked before decoding."""
         return self.count_image_tokens(*([self.edge_after_resize] * 2 if self.edge_after_resize else (width, height)))
+
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
+        """To what size a picture of this size is first scaled, by `model.resize` or by the family: arithmetic only."""
+        edge = self.edge_after_resize
+        return (edge, edge) if edge else self.scaled_size(width, height)
 
     @property
     def edge_after_resize(self) -> int | None:

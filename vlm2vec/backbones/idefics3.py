@@ -70,6 +70,12 @@ class Idefics3Processor(Processor):
         """Length of the expansion for a picture of this size."""
         return len(self._expansion(*self._grid(width, height)))
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The picture at its longest edge, or its tiles where they are larger."""
+        rows, columns = self._grid(width, height)
+        wide, high = _scaled(width, height, self.image_processor.size["longest_edge"])
+        return max(wide, columns * self.edge), max(high, rows * self.edge)
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """`position_ids` (C, L) and the pictures of all rows."""
         return {"position_ids": self.positions(rows), **self.pictures(rows)}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, GotOcr2ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlm2vec.backbones.base import Assets
 from vlm2vec.backbones.packed import CAUSAL
@@ -61,6 +62,13 @@ class InternVLProcessor(TileProcessor):
     def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of the tiles that a picture of this size is cut into, and two markers."""
         return self.tokens_per_tile * self.image_processor.get_number_of_image_patches(height, width) + 2
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all tiles."""
+        made = self.image_processor
+        edges = (made.size["height"], made.size["width"])
+        columns, rows = get_optimal_tiled_canvas((height, width), edges, made.min_patches, made.max_patches)
+        return columns * edges[1], rows * edges[0]
 
 
 class InternVL(TileBackbone):

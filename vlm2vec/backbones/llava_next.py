@@ -54,6 +54,11 @@ class AnyResProcessor(TileProcessor):
         rows, columns = self._grid(width, height)
         return self.side**2 + rows * (columns + 1)
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all tiles."""
+        high, wide = select_best_resolution((height, width), self.image_processor.image_grid_pinpoints)
+        return wide, high
+
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of features that are left of the grid of tiles, with the model's own rounding."""
         high, wide = select_best_resolution((height, width), self.image_processor.image_grid_pinpoints)

@@ -65,6 +65,11 @@ class Phi3VProcessor(Processor):
         """Tokens of the grid that this size falls into."""
         return self.image_processor.count_tokens(*self.image_processor.grid(width, height)) + len(self.prefix)
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all crops."""
+        rows, columns = self.image_processor.grid(width, height)
+        return columns * self.image_processor.side, rows * self.image_processor.side
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """`position_ids` (C, L) and the pictures of all rows."""
         return {"position_ids": self.positions(rows), **self.pictures(rows)}

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
 from vlm2vec.backbones.toy import CHAT, byte_tokenizer, small, write_checkpoint
@@ -53,6 +54,12 @@ class QwenVLProcessor(Processor):
         """Tokens of a picture after the family's resizing."""
         _check_aspect(width, height)
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size of the grid of patches."""
+        size, edge = self.image_processor.size, self.image_processor.patch_size * self.image_processor.merge_size
+        high, wide = smart_resize(height, width, edge, size["shortest_edge"], size["longest_edge"])
+        return wide, high
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """Patches and grids of all pictures, row after row, and `position_ids` (3, C, L) or (3, 1, T): time, height, width."""

@@ -168,6 +168,10 @@ class VistaProcessor(Processor):
         """G, whatever the size."""
         return self.tokens_per_image
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The one size of all pictures."""
+        return self.image_processor.size["width"], self.image_processor.size["height"]
+
     def text_budget(self, image_tokens: int) -> int:
         """`max_tokens`, or less where the encoder's learned positions end."""
         room = self.longest - image_tokens - len(self.prefix) - len(self.suffix)
