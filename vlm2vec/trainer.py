@@ -42,7 +42,8 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
     total = total_steps(recipe, mixture)
-    with stop.cutting("stopped while encoding pictures; run the same command to go on") if stop else nullcontext():
+    cutting = "stopped while encoding pictures; run the same command to go on"
+    with stop.cutting(cutting) if stop and recipe.data.feature_cache else nullcontext():  # else the signal waits for the first save
         features = precompute(recipe, encoder, mixture, total * recipe.train.accumulate)
     engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
     start = checkpoint.restore(resumed, engine) if resumed else 0
