@@ -71,9 +71,16 @@ class Built:
         return {"train": spent(self.train)[0]}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of one step."""
-        with self.variant.undo(self.ours):
-            return self.ours.gradients(self.batch)
+        """Of one step; in float64 where weights are float32, so that rounding does not hide what a saving would change."""
+        model, stored = self.ours.encoder.model, next(self.ours.encoder.model.parameters()).dtype
+        if stored == torch.float32:
+            model.double()
+        try:
+            with self.variant.undo(self.ours):
+                return self.ours.gradients(self.batch)
+        finally:
+            if stored == torch.float32:
+                model.float()
 
 
 # -- what is undone

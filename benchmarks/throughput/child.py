@@ -65,11 +65,8 @@ def main() -> None:
     said = json.loads(sys.argv[1])
     setting = Setting(**said["setting"])
     workload = make_workload(said["workload"], setting.batch, setting.entry["scale"], setting.pictures)
-    if said["side"] == "peer":
-        found = _peer(setting, workload, **said["options"])
-    else:
-        found = _ours(setting, workload, said["side"])
-    print(json.dumps(found))
+    side = said["side"]
+    print(json.dumps(_peer(setting, workload, **said["options"]) if side == "peer" else _ours(setting, workload, side)))
 
 
 if __name__ == "__main__":

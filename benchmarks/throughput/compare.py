@@ -52,7 +52,7 @@ def agree(ours: Ours, peer: Peer, workload: Workload, precision: str) -> dict[st
 def _train(side: Side, workload: Workload) -> dict[str, Spent]:
     """A step from files; what comes before the model and the model itself follow each other, so their times add up."""
     prepared, features = spent(lambda: side.prepare(workload.pairs))
-    return {"prepare": prepared, "model": spent(lambda: side.train(features))[0]}  # type: ignore[arg-type]
+    return {"prepare": prepared, "model": spent(lambda: side.train(features))[0]}
 
 
 def _encode(side: Side, items: Sequence[Item]) -> dict[str, Spent]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from benchmarks.throughput.measure import Label, language_pass

@@ -73,24 +73,28 @@ class Peer:
                 model_kwargs={"dtype": DTYPES[setting.precision], "attn_implementation": setting.attention},
                 processing_kwargs={"chat_template": {"add_generation_prompt": True}},
             )
-        options = setting.recipe.model
-        self.family = family_of(setting.entry["family"], options)
+        self.inner: Any = transformer.model
+        self.processor = transformer.processor
+        self.family = family_of(setting.entry["family"], setting.model)
         kind = self.family.processor_class.image_processor_class
-        transformer.processor.image_processor = load_image_processor(setting.checkpoint, options, kind)  # the same code cuts pictures
-        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+        self.processor.image_processor = load_image_processor(setting.checkpoint, setting.model, kind)  # the same code cuts pictures
+        self.width = transformer.get_embedding_dimension()
+        pooling = Pooling(self.width, pooling_mode="lasttoken")
         self.model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=str(setting.device))
         self._adapt()
         self.loss = CachedMultipleNegativesRankingLoss(self.model, scale=1 / TEMPERATURE)
         self.optimizer = torch.optim.AdamW(self._trained().values(), lr=0.0, weight_decay=0.0)
         self.use(mini_batch or MiniBatch(rows=32))
+        self.rows_of_encode = 32
 
     def _adapt(self) -> None:
         """Put our adapter on the same layers, tensor by tensor."""
-        saved = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(self.setting.adapter / "adapter_model.safetensors").items()}
+        file = load_file(self.setting.adapter / "adapter_model.safetensors")
+        saved = {name.removeprefix(PREFIX): tensor for name, tensor in file.items()}
         config = json.loads((self.setting.adapter / "adapter_config.json").read_text("utf-8"))
         layers = sorted({name.split(".lora_")[0] for name in saved})
         options = PeftLoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], lora_dropout=0.0, target_modules=layers)
-        inject_adapter_in_model(options, self.model[0].model)  # what the peer's `add_adapter` calls once it has looked at versions
+        inject_adapter_in_model(options, self.inner)  # what the peer's `add_adapter` calls once it has looked at versions
         trained = self._trained()
         assert trained.keys() == {_named(name) for name in saved}, "the adapters differ"
         with torch.no_grad():
@@ -98,7 +102,7 @@ class Peer:
                 trained[_named(name)].data = tensor.to(self.setting.device)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {name: parameter for name, parameter in self.model[0].model.named_parameters() if parameter.requires_grad}
+        return {name: parameter for name, parameter in self.inner.named_parameters() if parameter.requires_grad}
 
     # -- training --------------------------------------------------------------------------------------------------------------------------
 
@@ -173,15 +177,13 @@ class Peer:
 
     def encode(self, items: Sequence[Item]) -> Tensor:
         """Embeddings from files; one call for those with the instruction and one for those without, which its prompts need."""
-        rows = torch.empty((len(items), self.model.get_embedding_dimension()))
+        rows = torch.empty((len(items), self.width))
+        options: dict[str, Any] = {"batch_size": self.rows_of_encode, "convert_to_tensor": True, "show_progress_bar": False}
         for instruction in dict.fromkeys(item.instruction for item in items):
             index = [row for row, item in enumerate(items) if item.instruction == instruction]
             inputs = [self.input(items[row], lazy=True) for row in index]
-            options = {"prompt": instruction} if instruction else {}
-            rows[index] = self.model.encode(inputs, batch_size=self.rows_of_encode, convert_to_tensor=True, show_progress_bar=False, **options).cpu()
+            rows[index] = self.model.encode(inputs, prompt=instruction or None, **options).cpu().float()
         return rows
-
-    rows_of_encode = 32
 
     def tune_encode(self, lengths: Sequence[int]) -> int:
         """The largest batch whose padded tokens stay within our chunks when items are sorted, as `encode` sorts them."""
@@ -195,11 +197,10 @@ class Peer:
         """What to time under which name."""
         from sentence_transformers.base.losses import gradcache
 
-        inner = self.model[0].model
-        towers = [inner.get_submodule(name.removeprefix("model.")) for name in self.family.tower_names]
+        towers = [self.inner.get_submodule(name.removeprefix("model.")) for name in self.family.tower_names]
         return [
             (self, "open", "decode"),
-            (self.model[0].processor.image_processor, "preprocess", "process pictures"),
+            (self.processor.image_processor, "preprocess", "process pictures"),
             (self.model, "preprocess", "tokenize"),
             (gradcache, "_create_minibatch", "collate"),
             (self, "move", "transfer"),
@@ -220,6 +221,7 @@ def _allow_no_video() -> None:
     """Without torchvision, processors that could take videos cannot be made at all; pictures do not need that part."""
     if is_torchvision_available() or getattr(ProcessorMixin, "_without_video", False):
         return
-    every = ProcessorMixin.get_attributes.__func__  # type: ignore[attr-defined]
-    ProcessorMixin.get_attributes = classmethod(lambda cls: [name for name in every(cls) if name != "video_processor"])  # type: ignore[method-assign]
-    ProcessorMixin._without_video = True  # type: ignore[attr-defined]
+    mixin: Any = ProcessorMixin
+    every = mixin.get_attributes.__func__
+    mixin.get_attributes = classmethod(lambda cls: [name for name in every(cls) if name != "video_processor"])
+    mixin._without_video = True

@@ -34,16 +34,15 @@ def plain(value: Any) -> Any:
 def machine(setting: Setting) -> str:
     """What ran it."""
     what = torch.cuda.get_device_name() if setting.device.type == "cuda" else f"CPU ({platform.machine()})"
-    cores, load = len(os.sched_getaffinity(0)), ", ".join(f"{number:.1f}" for number in os.getloadavg())
-    return (
-        f"{what}, {cores} cores, {torch.get_num_threads()} threads, load of the machine {load} (1, 5 and 15 minutes); Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {version('transformers')}, peft {version('peft')}, {PEER} {_peer_version()}"
-    )
+    load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "peft", PEER))
+    cores = f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    return f"{what}, {cores}, load of the machine {load} (1, 5 and 15 minutes); Python {platform.python_version()}, {versions}"
 
 
-def _peer_version() -> str:
+def _version(name: str) -> str:
     try:
-        return version(PEER)
+        return version(name)
     except PackageNotFoundError:
         return "not installed"
 
@@ -103,7 +102,8 @@ def counts(results: dict[str, Any]) -> str:
                 _pair(_distances(found, results), "{:.2f}"),
             ]
         )
-    head = ["one step", "distinct items", "padding", "largest chunk, tokens", "useful of done", "peak memory, MiB", "floor, s", "time over floor"]
+    head = ["one step", "distinct items", "padding", "largest chunk, tokens", "useful of done", "peak memory, MiB"]
+    head += ["floor, s", "time over floor"]
     return _table(head, rows)
 
 
@@ -145,18 +145,18 @@ def agreement(results: dict[str, Any]) -> str:
 
 def bounds(results: dict[str, Any]) -> str:
     """Where our time goes, in sentences."""
-    lines = []
-    for found in results["workloads"]:
-        if "training" in found:
-            spent = found["training"]["stages"][0]
-            first, second = sorted(spent, key=lambda name: -spent[name])[:2]
-            whole = sum(spent.values())
-            lines.append(
-                f"- {found['name']}: {first} takes {spent[first] / whole:.0%} of our step and {second} {spent[second] / whole:.0%}; "
-                f"decoding {_per_picture(spent['decode'], found)}, cutting it into patches {_per_picture(spent['process pictures'], found)}; "
-                f"{found['counts']['bytes'] / 1e9:.2f} GB of weights are read, {found['counts']['bytes'] / results['rates']['copying']:.2f} s at the rate of a copy."
-            )
-    return "\n".join(lines)
+    return "\n".join(_bound(found, results["rates"]) for found in results["workloads"] if "training" in found)
+
+
+def _bound(found: dict[str, Any], rates: dict[str, float]) -> str:
+    spent, read = found["training"]["stages"][0], found["counts"]["bytes"]
+    whole = sum(spent.values())
+    first, second = sorted(spent, key=lambda name: -spent[name])[:2]
+    return (
+        f"- {found['name']}: {first} takes {spent[first] / whole:.0%} of our step and {second} {spent[second] / whole:.0%}; "
+        f"decoding {_per_picture(spent['decode'], found)}, cutting into patches {_per_picture(spent['process pictures'], found)}; "
+        f"{read / 1e9:.2f} GB of weights are read, {read / rates['copying']:.2f} s at the rate of a copy."
+    )
 
 
 def _per_picture(seconds: float, found: dict[str, Any]) -> str:

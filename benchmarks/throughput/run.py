@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     for workload in workloads:
         print(f"{workload.name}: {workload.meaning}", flush=True)
-        memory = None if options.quick else partial(memory_of, setting, workload.name)
-        results["workloads"].append(compare(setting, workload, ours, peer, repeats, options.only, memory))
+        child = None if options.quick else partial(memory_of, setting, workload.name)
+        results["workloads"].append(compare(setting, workload, ours, peer, repeats, options.only, child))
+    memory = None if options.quick else cache(partial(memory_of, setting, workloads[0].name))
     for row in ROWS if options.ablate else ():
         print(f"saving: {row.saving}", flush=True)
-        found = measure_row(row, setting, workloads[0], repeats, None if options.quick else partial(memory_of, setting, workloads[0].name))
+        found = measure_row(row, setting, workloads[0], repeats, memory)
         results["ablations" if found else "missing"].append(found or row.saving)
     return results
 

@@ -65,13 +65,17 @@ class Setting:
         return Path(self.folder) / "pictures"
 
     @property
+    def model(self) -> ModelConfig:
+        """The model in a recipe; no text is cut."""
+        chosen: dict[str, Any] = {"dtype": DTYPES[self.precision], "attention": self.attention}
+        return ModelConfig(path=str(self.checkpoint), prompt="chat", max_tokens=100_000, **chosen)
+
+    @property
     def recipe(self) -> Recipe:
         """Our side in a recipe; its data are made by `workloads` and not read through it."""
         return Recipe(
             run=RunConfig(dir=str(Path(self.folder) / "run"), seed=SEED),
-            model=ModelConfig(
-                path=str(self.checkpoint), dtype=DTYPES[self.precision], attention=self.attention, prompt="chat", max_tokens=100_000
-            ),  # type: ignore[arg-type]
+            model=self.model,
             lora=LORA,
             data=DataConfig(root="made", sources=(SourceConfig(name="made"),)),
             loss=LossConfig(temperature=TEMPERATURE),
@@ -100,7 +104,7 @@ def _write_checkpoint(setting: Setting) -> None:
     """A random model at the sizes of the shape, with the tokenizer, template and token ids of the family's miniature."""
     entry = setting.entry
     sizes = shapes.known()[entry["like"]] if "like" in entry else entry
-    options = replace(setting.recipe.model, prompt="raw")
+    options = replace(setting.model, prompt="raw")
     family = family_of(entry["family"], options)
     with tempfile.TemporaryDirectory() as made, no_bars():
         tiny = family.tiny_checkpoint(Path(made), model_type=entry["family"])

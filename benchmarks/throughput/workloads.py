@@ -64,9 +64,11 @@ class Maker:
         letters = int(self.stream.integers(low, high + 1))
         words = ""
         while len(words) < letters:
-            word = "".join(self.stream.choice(list(CONSONANTS)) + self.stream.choice(list(VOWELS)) for _ in range(self.stream.integers(1, 5)))
-            words += word + " "
-        return words[:letters].strip() or "ba"
+            words += "".join(self._syllable() for _ in range(self.stream.integers(1, 5))) + " "
+        return words[:letters].strip()
+
+    def _syllable(self) -> str:
+        return str(self.stream.choice(list(CONSONANTS)) + self.stream.choice(list(VOWELS)))
 
     def picture(self) -> ImageRef:
         """A new file: shapes on a gradient under noise, every fourth a PNG, the others JPEG."""
@@ -107,15 +109,17 @@ def _text(make: Maker, pairs: int) -> Iterator[tuple[Item, Item]]:
 
 
 def _long(make: Maker, pairs: int) -> Iterator[tuple[Item, Item]]:
-    for _ in range(pairs):
-        yield Item(make.text(8, 40)), Item(make.text(300, 1000))
+    """Half as many pairs as asked for: each has the tokens of several."""
+    for _ in range(max(2, pairs // 2)):
+        yield Item(make.text(8, 40)), Item(make.text(200, 800))
 
 
-KINDS: dict[str, tuple[str, str, Callable[[Maker, int], Iterator[tuple[Item, Item]]]]] = {
-    "mixed": ("pictures of mixed sizes to short texts, half of them labels that repeat, and some picture targets", "Name the object:", _mixed),
+MIXED = "pictures of mixed sizes to short texts, half of them labels that repeat, and some picture targets"
+KINDS: dict[str, tuple[str, str, Callable[[Maker, int], Iterator[tuple[Item, Item]]]]] = {  # meaning, instruction, pairs
+    "mixed": (MIXED, "Name the object:", _mixed),
     "text-picture": ("texts to pictures of mixed sizes", "Find the picture:", _text_to_picture),
     "text": ("short texts to passages", "Find the passage:", _text),
-    "long": ("short texts to documents of 300 to 1000 tokens", "Find the document:", _long),
+    "long": ("short texts to documents of 200 to 800 tokens, half as many pairs", "Find the document:", _long),
 }
 
 
