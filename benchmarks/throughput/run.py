@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -51,10 +51,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything, as the options ask."""
+def setting_of(options: argparse.Namespace, folder: Path) -> Setting:
+    """What the options fix; the shape says the rest."""
     entry = table()[options.shape]
-    setting = Setting(
+    return Setting(
         shape=options.shape,
         batch=options.batch or (8 if options.quick else entry["batch"]),
         precision=options.precision or entry["precision"],
@@ -62,12 +62,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         chunk_tokens=options.chunk_tokens or entry["chunk_tokens"],
         folder=str(folder),
     )
+
+
+def measure(options: argparse.Namespace, setting: Setting) -> Iterator[dict[str, Any]]:
+    """Everything the options ask for; what is known so far after each part, so that a run that is stopped leaves something."""
     repeats = 2 if options.quick else options.repeats
     if not setting.adapter.exists():
         write_models(setting)
     names = options.workload[:1] if options.quick else options.workload
-    workloads = [make_workload(name, setting.batch, entry["scale"], setting.pictures) for name in names]
-    ours, peer = Ours(setting), Peer(setting) if entry["peer"] else None
+    workloads = [make_workload(name, setting.batch, setting.entry["scale"], setting.pictures) for name in names]
+    ours, peer = Ours(setting), Peer(setting) if setting.entry["peer"] else None
     results: dict[str, Any] = {
         "format": 1,
         "machine": report.machine(setting),
@@ -79,25 +83,26 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "missing": [],
     }
     for workload in workloads:
-        print(f"{workload.name}: {workload.meaning}", flush=True)
         child = None if options.quick else partial(memory_of, setting, workload.name)
         results["workloads"].append(compare(setting, workload, ours, peer, repeats, options.only, child))
+        yield results
     memory = None if options.quick else cache(partial(memory_of, setting, workloads[0].name))
     for row in ROWS if options.ablate else ():
-        print(f"saving: {row.saving}", flush=True)
         found = measure_row(row, setting, workloads[0], repeats, memory)
         results["ablations" if found else "missing"].append(found or row.saving)
-    return results
+        yield results
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     transformers_logging.set_verbosity_error()
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as made:
-        results = measure(options, options.folder or Path(made))
+        for results in measure(options, setting_of(options, options.folder or Path(made))):
+            print(f"{', '.join(found['name'] for found in results['workloads'])}; {len(results['ablations'])} savings", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(report.plain(results), indent=1) + "\n", "utf-8")
     print(f"\n{results['machine']}\n\n{report.summary(results)}")
-    if options.json:
-        options.json.write_text(json.dumps(report.plain(results), indent=1) + "\n", "utf-8")
     if options.write:
         options.write.write_text(report.document(results), "utf-8")
     return results

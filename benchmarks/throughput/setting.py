@@ -66,9 +66,10 @@ class Setting:
 
     @property
     def model(self) -> ModelConfig:
-        """The model in a recipe; no text is cut."""
-        chosen: dict[str, Any] = {"dtype": DTYPES[self.precision], "attention": self.attention}
-        return ModelConfig(path=str(self.checkpoint), prompt="chat", max_tokens=100_000, **chosen)
+        """The model in a recipe; no text is cut. The peer knows chats only."""
+        prompt = "chat" if self.entry["peer"] else "raw"
+        chosen: dict[str, Any] = {"dtype": DTYPES[self.precision], "attention": self.attention, "prompt": prompt}
+        return ModelConfig(path=str(self.checkpoint), max_tokens=100_000, **chosen)
 
     @property
     def recipe(self) -> Recipe:
