@@ -23,7 +23,7 @@ data:
   block: 4
   sources: [{{name: image_to_text}}, {{name: text_to_image}}, {{name: composed}}]  # the third kind carries negatives
 loss: {{temperature: 0.05, symmetric: true, learnable_temperature: true}}
-train: {{steps: {steps}, global_batch: 12, chunk_tokens: 160, lr: 1e-3, warmup: 2}}
+train: {{steps: {steps}, global_batch: 12, chunk_tokens: 160, keep_tokens: 0, lr: 1e-3, warmup: 2}}
 checkpoint: {{every: 3, keep: 2}}
 evaluate: {{after: false}}
 """

@@ -307,7 +307,8 @@ def tiny(tmp_path: Path, *overrides: str, text: str = GOOD) -> Recipe:
 
 
 def test_tiny_shrinks_sizes(tmp_path: Path) -> None:
-    text = edited("sources:", "block: 32\n  workers: 4\n  sources:") + "  warmup: 50\nevaluate: {suite: mini, before: true}\n"
+    text = edited("sources:", "block: 32\n  workers: 4\n  sources:")
+    text += "  warmup: 50\n  chunk_tokens: 999\nevaluate: {suite: mini, before: true}\n"
     recipe = tiny(tmp_path, text=text)
     assert (recipe.model.path, recipe.data.root, recipe.run.dir) == ("builtin/tiny-vlm2vec_vista", "builtin/tiny", "runs/r-tiny")
     assert (recipe.train.steps, recipe.train.warmup, recipe.train.global_batch, recipe.train.chunk_tokens) == (6, 1, 8, 256)

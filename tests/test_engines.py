@@ -12,6 +12,7 @@ from tests.parity import SITUATIONS, disturbed, engines, errors, on_ranks, oracl
 from tests.ranks import fork_ranks
 from tests.runs import tiny_recipe
 from vlm2vec.backbones import registry
+from vlm2vec.backbones.weights import misfit
 from vlm2vec.engines import prepare
 from vlm2vec.engines.units import check_backward, find_units
 from vlm2vec.errors import RecipeError
@@ -88,6 +89,25 @@ def test_a_rank_holds_its_part_of_the_weights_only(engine: str, tmp_path: Path) 
         assert held == total if engine == "ddp" else 0.4 * total < held < 0.6 * total
 
     assert fork_ranks(measure, 2) == [0, 0]
+
+
+@pytest.mark.parametrize("engine", engines("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+def test_the_optimizer_is_written_as_its_layout_says(engine: str, tmp_path: Path) -> None:
+    """On rank 0 after a step in which no weight was used: each has its moments, whole, and took that step."""
+
+    def check_layout(rank: int) -> None:
+        recipe = SITUATIONS["projector trained, layers adapted"].recipe(tmp_path, engine)
+        prepared = prepare(recipe.train, disturbed(recipe), InfoNCE(recipe.loss))
+        assert prepared.optimizer_tensors() == {}
+        prepared.reduce()
+        prepared.step(recipe.train.lr)
+        found, expected = prepared.optimizer_tensors(), prepared.optimizer_layout()
+        assert [name for name in expected if name.endswith("/step")] == [f"{name}/step" for name in prepared.parameters]
+        if rank == 0:
+            assert misfit(expected, found, exact=True) == ""
+            assert {tensor.item() for name, tensor in found.items() if name.endswith("/step")} == {1.0}
+
+    assert fork_ranks(check_layout, 2) == [0, 0]
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import socket
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from vlm2vec.engines.launch import check_processes, implied_engine, settled
+from tests.conftest import ended
+from tests.conftest import start as fork
+from tests.runs import tiny_recipe
+from vlm2vec import dist
+from vlm2vec.engines.launch import check_processes, implied_engine, settled, start
 from vlm2vec.errors import EnvError, RecipeError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
@@ -121,3 +131,28 @@ def test_accelerate_starting_one_process_where_two_were_asked_for_is_refused(
         with pytest.raises(EnvError, match="2_cpu.yaml"):
             check_processes(environment(f"accelerate launch {command} train.py", monkeypatch), found=1)
     check_processes(environment("accelerate launch --cpu --num_processes 1 train.py", monkeypatch), found=1)
+
+
+@pytest.mark.parametrize(("minutes", "code"), [(0.05, 7), (1.0, 0)])
+def test_a_process_waits_for_another_as_long_as_the_recipe_says(minutes: float, code: int, tmp_path: Path) -> None:
+    """The second process is busy for five seconds while the first waits for it: longer than three, shorter than sixty."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = replace(tiny_recipe(tmp_path), run=replace(tiny_recipe(tmp_path).run, timeout=minutes))
+
+    def member(rank: int) -> None:
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in group.items()}, GLOO_SOCKET_IFNAME="lo", ACCELERATE_USE_CPU="true")
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)  # a run in the process that forked this one had no ranks
+        start(recipe)
+        time.sleep(5 * rank)
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            os._exit(7 if "Timed out" in str(error) else 1)
+
+    first, second = (fork(member, rank) for rank in range(2))
+    assert ended(first) == code
+    assert ended(second) == 0 or code  # alone, it may end in any way

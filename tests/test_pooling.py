@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm2vec.errors import InputError, NonFiniteError
-from vlm2vec.pooling import normalize, pool
+from vlm2vec.pooling import check_rows, normalize, pool
 
 
 def padded(rows: list[torch.Tensor], side: str, width: int, junk: float = 7.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_gradient_reaches_real_tokens_only(rows: list[torch.Tensor], how: str) -
 def test_a_row_without_tokens_is_refused_when_normalized(how: str) -> None:
     hidden, mask = torch.ones(2, 3, 4), torch.tensor([[1, 1, 1], [0, 0, 0]])
     with pytest.raises(NonFiniteError, match="1 of 2 embeddings.*row 1"):
-        normalize(pool(hidden, mask, how))
+        check_rows(normalize(pool(hidden, mask, how)))
 
 
 def test_unknown_pooling() -> None:
@@ -85,11 +85,14 @@ def test_normalize_gives_float32_unit_rows() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e30])
-def test_normalize_refuses(bad: float) -> None:
+def test_what_cannot_be_normalized_is_nan_and_refused(bad: float) -> None:
     embedding = torch.ones(3, 4)
     embedding[2] = bad
-    with pytest.raises(NonFiniteError, match="1 of 3 embeddings cannot be normalized; the first is row 2"):
-        normalize(embedding)
+    unit = normalize(embedding)
+    assert unit[2].isnan().all() and torch.equal(unit[:2], torch.full((2, 4), 0.5))
+    with pytest.raises(NonFiniteError, match="1 of 3 embeddings are zero, infinite or not a number; the first is row 2"):
+        check_rows(unit)
+    check_rows(unit[:2])
 
 
 def test_normalize_of_no_rows() -> None:

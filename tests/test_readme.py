@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.corpora import jsonl
 from vlm2vec.cli import main, parse
 from vlm2vec.commands.encode import HELP
+from vlm2vec.config import TrainConfig, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +65,26 @@ def test_every_command_of_encoding_parses(command: str) -> None:
     assert parse(words[1:]).command == "encode"
 
 
+ENGINES = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_page_on_engines_has_the_launch_line_of_every_config(config: Path) -> None:
+    launch = re.search(r"^# Launch: +(.*)", config.read_text(encoding="utf-8"), re.M)
+    assert launch is not None and f"\n    {launch[1]}\n" in ENGINES
+    words = shlex.split(launch[1])
+    assert (ROOT / parse(["train", *words[words.index("train.py") + 1 :]]).recipe).is_file()
+
+
+def test_the_page_on_engines_names_every_engine_and_the_default_of_every_key() -> None:
+    keys = {key: (kind, default) for key, kind, default, _ in reference()}
+    assert all(f"| `{engine}` |" in ENGINES for engine in get_args(get_args(get_type_hints(TrainConfig)["engine"])[0]))
+    assert f"**`run.timeout`** is {float(keys['run.timeout'][1]):g} minutes" in ENGINES
+    assert set(re.findall(r"`((?:run|train|model|lora|data)\.\w+)", ENGINES)) <= keys.keys()
+
+
 def test_every_link_leads_somewhere() -> None:
-    documents = [README, *((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "SECURITY.md"))]
-    links = [link for text in documents for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert links and all((ROOT / link.split("#")[0]).exists() for link in links), links
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    found = [(path, link) for path in documents for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8"))]
+    links = {path.parent / link.split("#")[0] for path, link in found if not link.startswith("http")}
+    assert links and [link for link in links if not link.exists()] == []

@@ -167,3 +167,16 @@ def test_leading_frozen_stops_at_the_first_trained_module():
     assert leading_frozen([vision, projector, last]) == [vision, projector, last]
     projector.layer.requires_grad_(True)
     assert leading_frozen([vision, projector, last]) == [vision]
+
+
+def test_what_is_over_the_limit_is_computed_twice():
+    """An output has 48 bytes: with 100 of them allowed, two of three chunks are held, and the bits are those of all."""
+    tower = Tower()
+    expected = [tower(pixels(index)) for index in range(3)]
+    with Replay([tower], limit=100) as replay:
+        for visit in range(2):
+            for index in range(3):
+                with torch.set_grad_enabled(visit == 1), replay.chunk(index):
+                    assert torch.equal(tower(pixels(index)), expected[index])
+        assert replay.held == 96
+    assert replay.runs == [4] and replay.held == 0

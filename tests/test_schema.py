@@ -60,6 +60,8 @@ def test_the_recipe_itself_is_valid() -> None:
         (changed("data", sources=(SourceConfig(name="a", weight=-1.0),)), "data.sources[0].weight must be >= 0 and finite, got -1.0"),
         (changed("data", sources=(SourceConfig(name=""),)), "data.sources[0].name must not be empty"),
         (changed("data", root=""), "data.root must not be empty"),
+        (changed("run", timeout=0.0), "run.timeout must be in (0, 10080] and finite, got 0.0"),
+        (changed("run", timeout=1e300), "run.timeout must be in (0, 10080] and finite, got 1.0e+300"),
         (changed("lora", rank=0), "lora.rank must be >= 1, got 0"),
         (changed("lora", parts=()), "lora.parts must not be empty"),
         (changed("lora", targets=()), "lora.targets must not be empty"),
@@ -115,7 +117,7 @@ def test_every_key_has_a_meaning_and_every_number_a_range(section: Any) -> None:
 
 
 def test_digest_leaves_out_what_does_not_change_the_result() -> None:
-    moved = changed("run", dir="elsewhere", trackers=("tensorboard",))
+    moved = changed("run", dir="elsewhere", trackers=("tensorboard",), timeout=5.0)
     assert moved.digest == RECIPE.digest and len(RECIPE.digest) == 64
     others = [changed("run", seed=18), changed("train", lr=2e-4), replace(RECIPE, lora=None), changed("data", block=4)]
     assert len({recipe.digest for recipe in [RECIPE, *others]}) == 5

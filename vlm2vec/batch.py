@@ -25,6 +25,7 @@ from vlm2vec.data.bad import BadPair, too_many
 from vlm2vec.data.images import load_image
 from vlm2vec.data.types import Item, Pair
 from vlm2vec.errors import ImageError, Vlm2VecError
+from vlm2vec.feature_cache import FeatureCache
 
 
 @dataclass
@@ -40,11 +41,14 @@ class Batch:
     bad: list[BadPair] = field(default_factory=list)
 
 
-def featurize(processor: Processor, item: Item) -> Features:
-    """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction."""
+def featurize(processor: Processor, item: Item, cache: FeatureCache | None = None) -> Features:
+    """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction.
+
+    A picture that `cache` holds is not decoded: its features take the place of pixels.
+    """
     options = processor.options
     shown = replace(item, instruction="") if options.prompt == "chat" else item
-    images = [load_image(image) for image in item.images]
+    images = [(cache.known(image) if cache else None) or load_image(image) for image in item.images]
     return processor.features(prompts.render(shown, options.keep_stray), images, item.instruction)
 
 
@@ -128,12 +132,13 @@ class BatchDataset(Dataset[Batch | Vlm2VecError]):
         world_size: int,
         skip: int | None = None,
         whereabouts: Whereabouts | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.mixture = mixture
         self.processor = processor
         self.explicit_negatives = explicit_negatives
         self.rank, self.world_size = rank, world_size
-        self.skip, self.whereabouts = skip, whereabouts
+        self.skip, self.whereabouts, self.cache = skip, whereabouts, cache
 
     def __getitem__(self, index: int) -> Batch | Vlm2VecError:
         known: dict[str, Features] = {}
@@ -173,7 +178,7 @@ class BatchDataset(Dataset[Batch | Vlm2VecError]):
             if item.key not in known and item.key not in fresh:
                 if self.whereabouts is not None:
                     self.whereabouts.note(*place, number)
-                fresh[item.key] = featurize(self.processor, item)
+                fresh[item.key] = featurize(self.processor, item, self.cache)
         return fresh
 
 

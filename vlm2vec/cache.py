@@ -1,23 +1,12 @@
 """Embeddings on disk, found again by what was embedded and by what embedded it; several processes may fill one folder at once.
 
 The key of an item is a sha256 over the model's fingerprint, the whole rendered prompt, the bytes of every picture and the version of the
-picture decoder, so that changing any of them misses. Rows live in shards that are written once and never changed:
-
-    <directory>/<model>/<shard>.safetensors   "embeddings" (N, D) float32
-    <directory>/<model>/<shard>.json          the N keys, the sha256 of the rows and a digest of this list itself; published last
-
-A shard counts once its list is there. A torn or altered shard is named in a warning and ignored: its items are simply encoded again.
+picture decoder, so that changing any of them misses. Rows live in `shards`, as "embeddings" (N, D) float32.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +16,11 @@ from safetensors.numpy import save
 from vlm2vec import prompts
 from vlm2vec.data import images
 from vlm2vec.data.types import Item
-from vlm2vec.errors import EnvError, InputError
-from vlm2vec.io import digest, read_json, sha256_bytes, sha256_file, write_atomic, write_json
+from vlm2vec.errors import EnvError
+from vlm2vec.io import digest
 from vlm2vec.log import get_logger
+from vlm2vec.shards import Shards
 
-FORMAT = 1
 TENSOR = "embeddings"
 logger = get_logger(__name__)
 
@@ -45,43 +34,15 @@ def content_digest(item: Item, pictures: Sequence[str]) -> str:
     return digest({"prompt": prompt, "instruction": item.instruction, "pictures": list(pictures), "decode": images.DECODE_VERSION})
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a row lies: which shard, which row of it."""
-
-    shard: str
-    row: int
-
-
-class EmbeddingCache:
+class EmbeddingCache(Shards):
     """Rows of float32 by item key for one model. Holds the keys in memory and reads at most one shard at a time.
 
-    `model_key` is the encoder's fingerprint: weights, adapter, processor, pooling, dtype and prompt version. When two processes encoded the
-    same item, the shard that was seen first wins.
+    `model_key` is the encoder's fingerprint: weights, adapter, processor, pooling, dtype and prompt version.
     """
-
-    def __init__(self, directory: Path, model_key: str) -> None:
-        self.model_key = model_key
-        self.directory = Path(directory) / sha256_bytes(model_key.encode())[:16]
-        self._places: dict[str, Place] = {}
-        self._seen: set[str] = set()
-        self.refresh()
 
     def key(self, content: str) -> str:
         """The cache key of an item from its `content_digest`."""
         return digest({"model": self.model_key, "content": content})
-
-    def refresh(self) -> None:
-        """Take in the shards that appeared since the last look, this process's and others', after checking each against its sha256."""
-        for listing in sorted(self.directory.glob("*.json")):
-            if listing.stem not in self._seen:
-                self._seen.add(listing.stem)
-                self._index(listing)
-
-    def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those of `keys` with no row yet, in the order given; looks for new shards of other processes first."""
-        self.refresh()
-        return [key for key in keys if key not in self._places]
 
     def get(self, keys: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
         """`(found, rows)`: found (N,) bool and rows (N, D) float32, zero where nothing was found; D is 0 when nothing was.
@@ -115,30 +76,11 @@ class EmbeddingCache:
         rows = np.ascontiguousarray(rows, dtype=np.float32)
         if rows.ndim != 2 or len(rows) != len(keys) or len(set(keys)) != len(keys):
             raise ValueError(f"{len(keys)} keys ({len(set(keys))} distinct) for rows of shape {rows.shape}")
-        name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"
-        data = save({TENSOR: rows})
-        listing = {"format": FORMAT, "model": self.model_key, "sha256": sha256_bytes(data), "keys": list(keys)}
-        write_atomic(self.directory / f"{name}.safetensors", data)
-        write_json(self.directory / f"{name}.json", {**listing, "digest": digest(listing)})
-        self._seen.add(name)
-        self._add(name, keys)
-
-    def _index(self, listing: Path) -> None:
-        """Add a shard's keys if both of its files are what was written, else warn."""
-        try:
-            keys = _checked_keys(listing, self.model_key)
-        except (InputError, OSError) as error:
-            logger.warning("ignoring cache shard %s, its items are encoded again: %s", listing.with_suffix(".safetensors"), error)
-        else:
-            self._add(listing.stem, keys)
-
-    def _add(self, shard: str, keys: Sequence[str]) -> None:
-        for row, key in enumerate(keys):
-            self._places.setdefault(key, Place(shard, row))
+        self.publish(keys, save({TENSOR: rows}))
 
     def _read(self, shard: str) -> NDArray[np.float32] | None:
         """The rows of a shard, or None, with a warning and its keys forgotten, when it vanished since it was checked."""
-        path = self.directory / f"{shard}.safetensors"
+        path = self.tensors_of(shard)
         try:
             with safe_open(path, framework="numpy") as tensors:
                 return tensors.get_tensor(TENSOR)
@@ -146,18 +88,3 @@ class EmbeddingCache:
             logger.warning("cache shard %s cannot be read any more, its items are encoded again: %s", path, error)
             self._places = {key: place for key, place in self._places.items() if place.shard != shard}
             return None
-
-
-def _checked_keys(listing: Path, model_key: str) -> list[str]:
-    """The keys of a shard whose list and rows are both intact; raises `InputError` with the reason otherwise."""
-    content: Any = read_json(listing)
-    if not isinstance(content, dict) or content.pop("digest", None) != digest(content):
-        raise InputError("the list of keys does not match its own digest")
-    if content["format"] != FORMAT or content["model"] != model_key:
-        raise InputError(f"it was written for format {content['format']} or another model")
-    rows = listing.with_suffix(".safetensors")
-    if not rows.is_file():
-        raise InputError("the rows are missing")
-    if sha256_file(rows) != content["sha256"]:
-        raise InputError(f"the rows do not match their sha256 ({rows.stat().st_size} bytes)")
-    return content["keys"]

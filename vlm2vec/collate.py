@@ -5,7 +5,7 @@ Shape letters: C items in a chunk, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,13 @@ def plan_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             chunks.append([index])
     return chunks
+
+
+def moved(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on `device`; those for a GPU through pinned memory, so that the next chunk is made while this one travels."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
 def pad_tokens(rows: Sequence[Tensor], pad_id: int, side: str) -> tuple[Tensor, Tensor]:

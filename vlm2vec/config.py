@@ -221,8 +221,8 @@ def _shrink_data(data: DataConfig) -> DataConfig:
 
 
 def _shrink_train(train: TrainConfig) -> TrainConfig:
-    small = replace(train, global_batch=8, accumulate=min(train.accumulate, 2), chunk_tokens=256, keep_tokens=min(train.keep_tokens, 256))
-    return replace(small, steps=6, epochs=None, warmup=min(train.warmup, 1))
+    small = replace(train, steps=6, epochs=None, warmup=min(train.warmup, 1), global_batch=8, accumulate=min(train.accumulate, 2))
+    return replace(small, chunk_tokens=train.chunk_tokens and 256, keep_tokens=train.keep_tokens and min(train.keep_tokens, 256))
 
 
 def _shrink_evaluate(evaluate: EvaluateConfig) -> EvaluateConfig:

@@ -6,7 +6,7 @@ Shape letters: N items, C items in a chunk, L tokens, D embedding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,21 +15,24 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlm2vec import log, prompts
 from vlm2vec.backbones import load_backbone, published, resolve
 from vlm2vec.backbones.base import FEATURE_OPTIONS, Backbone, Processor
+from vlm2vec.backbones.pictures import PIXELS, VECTORS
+from vlm2vec.backbones.weights import misfit, read_safetensors
 from vlm2vec.batch import featurize
-from vlm2vec.collate import Features, plan_chunks
+from vlm2vec.collate import Features, moved, plan_chunks
 from vlm2vec.config import LoraConfig, ModelConfig, check_model
+from vlm2vec.data import images
 from vlm2vec.data.types import ImageRef, Item
 from vlm2vec.errors import AdapterError, InputError, ModelError, RecipeError
 from vlm2vec.io import digest, read_json, write_json
-from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, check_tensors, load_adapter, save_adapter
-from vlm2vec.pooling import normalize, pool
+from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, load_adapter, save_adapter
+from vlm2vec.pooling import check_rows, normalize, pool
 
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
@@ -208,9 +211,10 @@ class Encoder:
         return {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters() if "lora_" not in name}
 
     def _load_parts(self, file: Path) -> None:
-        found = load_file(file)
+        found = read_safetensors(file)
         parameters = self._base_parameters()
-        check_tensors({name: parameters[name] for name in found if name in parameters}, found, file)
+        if problem := misfit({name: parameters[name] for name in found if name in parameters}, found):
+            raise AdapterError(f"{file}: {problem}")
         with torch.no_grad():
             for name, tensor in found.items():
                 parameters[name].copy_(tensor)
@@ -223,6 +227,14 @@ class Encoder:
         self.model.requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("lora_" in name or name.replace(".base_layer.", ".") in self.trained_parts)
+
+    def recompute_activations(self, on: bool) -> None:
+        """Keep only the inputs of layers for the backward pass, or all activations: memory against time, the gradient is the same."""
+        if on:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.disable_input_require_grads()  # what reentrant recomputation needs; here it would only lengthen the backward pass
+        elif self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_disable()
 
     # -- the model -----------------------------------------------------------------------------------------------------------------------
 
@@ -244,19 +256,33 @@ class Encoder:
         return self
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
-        """(C, D) float32 unit rows of a collated chunk, differentiable. Raises NonFiniteError on a zero or non-finite embedding."""
+        """(C, D) float32 unit rows of a collated chunk, differentiable. A zero or non-finite embedding is a row of NaN: `check_rows`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             hidden_CLD = self.backbone.hidden(batch)
         return normalize(pool(hidden_CLD, batch["attention_mask"], self.options.pooling))
 
+    @torch.no_grad()
+    def picture_features(self, picture: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stands for a picture in `Processor.features` instead of `Processor.picture`: its features, on the CPU, in place of pixels.
+
+        Call it inside `evaluating`. The model sees the picture alone, so the features depend on nothing else.
+        """
+        inputs = {name: tensor.to(self.device) for name, tensor in self.processor.joined([picture]).items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            vectors = self.backbone.picture_features(inputs)
+        return {**{name: tensor for name, tensor in picture.items() if name != PIXELS}, VECTORS: vectors.cpu().contiguous()}
+
     def fingerprint(self) -> str:
         """Digest of all that an embedding depends on beside its item: weights, processor, pooling, precision, prompt rules."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         settings = [self.options.pooling, self.options.padding_side, self.options.attention, self.precision, prompts.VERSION]
-        return digest([sha.hexdigest(), self.processor.fingerprint, settings])
+        return digest([_weights_digest(self.model.state_dict()), self.processor.fingerprint, settings])
+
+    def towers_fingerprint(self) -> str:
+        """Digest of all that a picture's features depend on beside its content: weights of the towers, processor, precision, decoder."""
+        state = self.model.state_dict()
+        towers = {name: tensor for name, tensor in state.items() if self.backbone.part_of(name) in ("vision", "projector")}
+        settings = [self.options.attention, self.precision, self.device.type, images.DECODE_VERSION]
+        return digest([_weights_digest(towers), self.processor.fingerprint, settings])
 
     # -- encoding ------------------------------------------------------------------------------------------------------------------------
 
@@ -310,25 +336,37 @@ class Encoder:
 
     @torch.no_grad()
     def embed_features(self, window: Sequence[Features], chunk_tokens: int = 32768) -> Tensor:
-        """Embeddings (N, D) float32 on the CPU of N items that are features already, in their order."""
-        rows = torch.empty((len(window), self.backbone.hidden_size))
-        with _evaluating(self.model):
+        """Embeddings (N, D) float32 on the CPU of N items that are features already, in their order.
+
+        Raises NonFiniteError when one of them is zero, infinite or not a number.
+        """
+        rows_ND = torch.empty((len(window), self.backbone.hidden_size), device=self.device)
+        with self.evaluating():
             for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
-                batch = self.processor.collate([window[index] for index in chunk])
-                rows[chunk] = self.embed({name: tensor.to(self.device) for name, tensor in batch.items()}).cpu()
-        return rows
+                inputs = self.processor.collate([window[index] for index in chunk])
+                rows_ND[torch.tensor(chunk, device=self.device)] = self.embed(moved(inputs, self.device))
+        rows_ND = rows_ND.cpu()  # the first time that a GPU is waited for
+        check_rows(rows_ND)
+        return rows_ND
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside; each module gets its own mode back, for a trained model mixes both."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each module gets its own mode back, for a trained model mixes both."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _weights_digest(state: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _settings(folder: Path, called: str | Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ is given (`mfu`), so times come with a range; operations and memory do not depen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 from vlm2vec.backbones.shapes import Shape, shape_of
+from vlm2vec.budget import Budget
 from vlm2vec.config import Recipe
 from vlm2vec.data.mixture import Mixture
 from vlm2vec.devices import Device, facts
@@ -30,6 +31,7 @@ BOUNDS = {
     "exchange": "exchange between devices",
     "host": "decoding on the host",
 }
+TRIED, SMALLEST = 8192, 256  # tokens of the largest and smallest chunk that is looked at where the recipe leaves it open
 WORTH = 0.03  # share of the operations that advice must save
 
 
@@ -38,6 +40,7 @@ class Plan:
     """A recipe on `ranks` devices of one kind; `efficiency` is the share of the peak, its lower and upper end."""
 
     recipe: Recipe
+    budget: Budget
     inventory: Inventory
     work: Workload
     device: Device
@@ -56,9 +59,13 @@ class Plan:
         """The engine that runs: one process needs none."""
         return (self.recipe.train.engine or "ddp") if self.ranks > 1 else "ddp"
 
-    def with_train(self, **changes: Any) -> Plan:
-        """The same with other keys of `train`."""
-        return replace(self, recipe=replace(self.recipe, train=replace(self.recipe.train, **changes)))
+    def cut(self, **changes: Any) -> Plan:
+        """The same with other chunks."""
+        return replace(self, budget=replace(self.budget, **changes))
+
+    def under(self, engine: str) -> Plan:
+        """The same with another engine."""
+        return replace(self, recipe=replace(self.recipe, train=replace(self.recipe.train, engine=engine)))  # type: ignore[arg-type]
 
     def without_dropout(self) -> Plan:
         """The same without dropout in front of the adapters."""
@@ -83,7 +90,31 @@ def plan(
     work = workload(recipe, shape, Looker(shape, inventory.patch), ranks, mixture)
     assumed = facts()["efficiency"]
     efficiency = (mfu, mfu, mfu) if mfu else (assumed["assumed"], assumed["low"], assumed["high"])
-    return Plan(recipe, inventory, work, device, ranks, efficiency, shape.source)
+    train = recipe.train
+    open_budget = Budget(train.chunk_tokens or TRIED, train.keep_tokens or 0, bool(train.activation_checkpointing))
+    return _settled(Plan(recipe, open_budget, inventory, work, device, ranks, efficiency, shape.source))
+
+
+def _settled(made: Plan) -> Plan:
+    """What the recipe leaves open, about as a run settles it: chunks that leave room for graphs, up to TRIED tokens, and what fits then."""
+    train = made.recipe.train
+    if train.chunk_tokens is None:
+        sizes = [made.cut(chunk_tokens=tokens) for tokens in _halves(TRIED)]
+        made = next((other for share in (0.7, 1.0) for other in sizes if _fits(other, share)), made)
+    if train.activation_checkpointing is None and not _fits(made):
+        made = made.cut(activation_checkpointing=True)
+    return made.cut(keep_tokens=_keep(made)) if train.keep_tokens is None else made
+
+
+def _halves(tokens: int) -> Iterator[int]:
+    """From `tokens` down to what is still worth starting a kernel for."""
+    while tokens >= SMALLEST:
+        yield tokens
+        tokens //= 2
+
+
+def _fits(made: Plan, share: float = 1.0) -> bool:
+    return sum(memory(made).values()) <= share * 1e9 * made.device.memory
 
 
 # -- operations
@@ -97,12 +128,12 @@ def kept_chunks(chunks: Sequence[Chunk], keep_tokens: int) -> int:
 def operations(made: Plan) -> dict[str, float]:
     """Per device and step: `useful`, `done`, `once` (done, were every graph kept), and done by part."""
     train, stacks, extra = made.recipe.train, made.inventory.stacks, made.inventory.extra
-    batches = made.work.chunks(train.chunk_tokens)
+    batches = made.work.chunks(made.budget.chunk_tokens)
     share = train.accumulate / len(batches)
     total = {"useful": 0.0, "done": 0.0, "once": 0.0, **{stack.part: 0.0 for stack in stacks}}
     for chunks in batches:
-        kept = kept_chunks(chunks, train.keep_tokens)
-        done = step_cost(stacks, chunks, extra, kept, train.activation_checkpointing)
+        kept = kept_chunks(chunks, made.budget.keep_tokens)
+        done = step_cost(stacks, chunks, extra, kept, made.budget.activation_checkpointing)
         total["useful"] += share * sum(useful_cost(stacks, chunks, extra).values())
         total["done"] += share * sum(done.values())
         total["once"] += share * sum(step_cost(stacks, chunks, extra, len(chunks)).values())
@@ -122,14 +153,16 @@ def memory(made: Plan) -> dict[str, float]:
     weights = float(found.total * stored + 4 * found.adapter)
     if made.engine in SPREAD_WEIGHTS:
         weights = (found.total - found.sharded * (1 - 1 / made.ranks) + 2 * found.largest_layer) * stored + 4 * found.adapter
-    batches = made.work.chunks(made.recipe.train.chunk_tokens)
+    batches = made.work.chunks(made.budget.chunk_tokens)
     per_rank = made.recipe.train.global_batch / made.ranks
     table = {
         "weights": weights,
         "gradients": trained,
         "optimizer": 2 * trained / (made.ranks if made.engine in SPREAD_OPTIMIZER else 1),
         "activations": max(_activations(made, chunks) for chunks in batches),
-        "replayed features": max(sum(_replayed(made, chunk) for chunk in chunks) for chunks in batches),
+        "replayed features": min(
+            max(sum(_replayed(made, chunk) for chunk in chunks) for chunks in batches), made.recipe.train.replay_gib * 2**30
+        ),
         "temporaries": max(_temporaries(made, chunk) for chunks in batches for chunk in chunks),
         "embeddings and scores": 4 * made.recipe.train.global_batch * found.hidden * 4 + 8 * per_rank * made.recipe.train.global_batch,
     }
@@ -145,7 +178,7 @@ def _trained_bytes(made: Plan) -> float:
 def _activations(made: Plan, chunks: Sequence[Chunk]) -> float:
     """What graphs hold: those kept, and one more unless all are."""
     each = [chunk_bytes(made, chunk) for chunk in chunks]
-    kept = kept_chunks(chunks, made.recipe.train.keep_tokens)
+    kept = kept_chunks(chunks, made.budget.keep_tokens)
     return sum(each[:kept]) + max([0.0, *each[kept:]])
 
 
@@ -157,7 +190,7 @@ def chunk_bytes(made: Plan, chunk: Chunk) -> float:
             continue
         load = chunk.load(stack.part, made.inventory.extra, padded=True)
         length = max((height * width for height, width in load.grids), default=0)
-        total += activations(stack, load.rows, length, made.numbers, behind, made.recipe.train.activation_checkpointing)
+        total += activations(stack, load.rows, length, made.numbers, behind, made.budget.activation_checkpointing)
         behind = behind or stack.learns
     return total
 
@@ -213,9 +246,9 @@ def _together(made: Plan, parts: dict[str, float]) -> float:
 
 def traffic(made: Plan) -> float:
     """Bytes that a step reads and writes at least: weights once per pass over a chunk, kept activations out and in again."""
-    batches = made.work.chunks(made.recipe.train.chunk_tokens)
+    batches = made.work.chunks(made.budget.chunk_tokens)
     weights = made.inventory.total * made.numbers.stored
-    passes = sum(3 * len(chunks) - kept_chunks(chunks, made.recipe.train.keep_tokens) for chunks in batches)
+    passes = sum(3 * len(chunks) - kept_chunks(chunks, made.budget.keep_tokens) for chunks in batches)
     graphs = sum(2 * chunk_bytes(made, chunk) for chunks in batches for chunk in chunks)
     return made.recipe.train.accumulate * (passes * weights + graphs) / len(batches)
 
@@ -223,7 +256,7 @@ def traffic(made: Plan) -> float:
 def launches(made: Plan) -> float:
     """Seconds of starting kernels: so many for each layer in every pass over a chunk, backward twice as many, 6 more for each adapter."""
     rates = facts()["launch"]
-    batches = made.work.chunks(made.recipe.train.chunk_tokens)
+    batches = made.work.chunks(made.budget.chunk_tokens)
     kernels = 0.0
     for stack in made.inventory.stacks:
         linears = [op for op in stack.ops if isinstance(op, Linear)]
@@ -242,8 +275,8 @@ def exchanged(made: Plan) -> float:
     gradients = 2 * part * _trained_bytes(made)
     if made.engine not in SPREAD_WEIGHTS:
         return gradients
-    batches = made.work.chunks(made.recipe.train.chunk_tokens)
-    passes = sum(3 * len(chunks) - kept_chunks(chunks, made.recipe.train.keep_tokens) for chunks in batches) / len(batches)
+    batches = made.work.chunks(made.budget.chunk_tokens)
+    passes = sum(3 * len(chunks) - kept_chunks(chunks, made.budget.keep_tokens) for chunks in batches) / len(batches)
     return gradients + made.recipe.train.accumulate * passes * part * made.inventory.sharded * made.numbers.stored
 
 
@@ -263,7 +296,7 @@ def estimate(made: Plan) -> dict[str, Any]:
     recipe, work = made.recipe, made.work
     ops, held = operations(made), memory(made)
     seconds = times(made, ops["done"], ops["useful"])
-    chunks = work.chunks(recipe.train.chunk_tokens)
+    chunks = work.chunks(made.budget.chunk_tokens)
     tokens = sum(sum(chunk.lengths) for batch in chunks for chunk in batch)
     padded = sum(chunk.padded for batch in chunks for chunk in batch)
     pairs = recipe.train.global_batch * recipe.train.accumulate
@@ -287,6 +320,7 @@ def estimate(made: Plan) -> dict[str, Any]:
             "longest": max(entry.tokens for entry in work.entries),
             "chunks": sum(map(len, chunks)) / len(chunks),
         },
+        "chunks": asdict(made.budget),
         "operations": ops,
         "efficiency": dict(zip(("assumed", "low", "high"), made.efficiency, strict=True)),
         "seconds": seconds,
@@ -294,7 +328,7 @@ def estimate(made: Plan) -> dict[str, Any]:
         "hours": {name: work.steps * seconds[key] / 3600 for name, key in (("likely", "step"), ("low", "step_low"), ("high", "step_high"))},
         "bound": bound(made, seconds),
         "memory": {**held, "sum": sum(held.values())},
-        "fits": sum(held.values()) <= 1e9 * made.device.memory,
+        "fits": _fits(made),
         "advice": advice(made, ops, held, seconds),
     }
 
@@ -314,8 +348,8 @@ def advice(made: Plan, ops: dict[str, float], held: dict[str, float], seconds: d
     if any(isinstance(op, Linear) and op.dora and op.dropout for stack in made.inventory.stacks for op in stack.ops):
         saved = 1 - operations(lean)["done"] / ops["done"]
         found.append(f"lora.dropout: 0 would save {saved:.0%} of the operations: DoRA behind dropout computes every frozen product twice")
-    keep = _keep(made, room)
-    saved = 1 - operations(made.with_train(keep_tokens=keep))["done"] / ops["done"]
+    keep = _keep(made) if not made.budget.keep_tokens else 0
+    saved = 1 - operations(made.cut(keep_tokens=keep))["done"] / ops["done"]
     if keep and saved >= WORTH:
         found.append(f"train.keep_tokens: {keep} fits and would save {saved:.0%} of the operations: those chunks are encoded once")
     return found
@@ -325,24 +359,19 @@ def _smaller(made: Plan) -> str:
     """The mildest change that fits: smaller chunks, then recomputed activations, then spread weights."""
     for checkpointing in (False, True):
         for engine in dict.fromkeys((made.engine, "fsdp2")):
-            tokens = made.recipe.train.chunk_tokens
-            while tokens >= 256:
-                changes = {"chunk_tokens": tokens, "activation_checkpointing": checkpointing or made.recipe.train.activation_checkpointing}
-                other = made.with_train(**changes, engine=engine, keep_tokens=0)
-                if sum(memory(other).values()) <= 1e9 * made.device.memory:
+            for tokens in _halves(made.budget.chunk_tokens):
+                changes = {"chunk_tokens": tokens, "activation_checkpointing": checkpointing or made.budget.activation_checkpointing}
+                if _fits(made.under(engine).cut(**changes, keep_tokens=0)):
                     saving = ", train.activation_checkpointing: true" * checkpointing
                     spreading = f", train.engine: {engine}" * (engine != made.engine)
                     return f"does not fit; train.chunk_tokens: {tokens}{saving}{spreading} would"
-                tokens //= 2
     return "does not fit, not even one item at a time over all devices; take a smaller model, smaller pictures or more devices"
 
 
-def _keep(made: Plan, room: float) -> int:
-    """The largest keep_tokens, in powers of two, whose graphs fit into most of the `room`; 0 if none does or it is set."""
-    if made.recipe.train.keep_tokens or room <= 0:
-        return 0
-    best, tokens = 0, made.recipe.train.chunk_tokens
+def _keep(made: Plan) -> int:
+    """The largest keep_tokens, doubled from one chunk, whose graphs leave a tenth of the memory; 0 if none does."""
+    best, tokens = 0, made.budget.chunk_tokens
     most = max(sum(chunk.padded for chunk in chunks) for chunks in made.work.chunks(tokens))
-    while tokens < 2 * most and sum(memory(made.with_train(keep_tokens=tokens)).values()) <= 0.9 * 1e9 * made.device.memory:
+    while tokens < 2 * most and _fits(made.cut(keep_tokens=tokens), share=0.9):
         best, tokens = tokens, 2 * tokens
     return best

@@ -23,13 +23,16 @@ from vlm2vec.config import Recipe
 from vlm2vec.data.bad import BadPair, BadPairs
 from vlm2vec.data.mixture import Mixture
 from vlm2vec.errors import EnvError, ImageError, Vlm2VecError
+from vlm2vec.feature_cache import FeatureCache
 from vlm2vec.signals import HANDLED
 
 _GRACE = 2.0  # seconds from the end of a worker's connections to its own
 
 
-def read_steps(recipe: Recipe, mixture: Mixture, processor: Processor, start: int, total: int) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, its `accumulate` micro-batches of this rank) from step `start` on.
+def read_steps(
+    recipe: Recipe, mixture: Mixture, processor: Processor, start: int, total: int, features: FeatureCache | None = None
+) -> Iterator[tuple[int, list[Batch]]]:
+    """(step, its `accumulate` micro-batches of this rank) from step `start` on. Pictures that `features` holds are not decoded.
 
     Pairs with pictures that cannot be read stop the run with an ImageError, or are replaced and listed, as data.bad_pictures says;
     DataError when they are more than data.max_bad_fraction of the mixture. EnvError says on which sample a worker died.
@@ -37,7 +40,7 @@ def read_steps(recipe: Recipe, mixture: Mixture, processor: Processor, start: in
     per_step, skips = recipe.train.accumulate, recipe.data.bad_pictures == "skip"
     allowed = math.floor(recipe.data.max_bad_fraction * len(mixture))
     whereabouts = Whereabouts(recipe.data.workers) if recipe.data.workers else None
-    options = (recipe.loss.explicit_negatives, dist.rank(), dist.world_size(), allowed if skips else None, whereabouts)
+    options = (recipe.loss.explicit_negatives, dist.rank(), dist.world_size(), allowed if skips else None, whereabouts, features)
     dataset = BatchDataset(mixture, processor, *options)
     batches = _in_order(dataset, range(start * per_step, total * per_step), recipe.data.workers)
     bad = BadPairs(Path(recipe.run.dir), allowed, start) if skips else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vlm2vec.backbones.base import Backbone
 from vlm2vec.backbones.layouts import renaming
-from vlm2vec.backbones.weights import ADAPTER_WEIGHTS, read_adapter
+from vlm2vec.backbones.weights import ADAPTER_WEIGHTS, misfit, read_adapter
 from vlm2vec.config import LoraConfig
 from vlm2vec.errors import AdapterError, RecipeError
 from vlm2vec.io import read_json
@@ -97,7 +97,9 @@ def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
         raise AdapterError(f"{settings}: does not fit {backbone.options.path}, so tensor {first} has no place: {error}") from error
     expected = _tensors(adapter)
     names = _current_names(published, backbone, file)
-    check_tensors(expected, {names[name]: tensor for name, tensor in published.items()}, file, {now: name for name, now in names.items()})
+    found, called = {names[name]: tensor for name, tensor in published.items()}, {now: name for name, now in names.items()}
+    if problem := misfit(expected, found, called):
+        raise AdapterError(f"{file}: {problem}")
     with torch.no_grad():
         for name, now in names.items():
             expected[now].copy_(published[name])  # a state dict shares memory with its model; PEFT's own setter drops what it cannot place
@@ -130,23 +132,3 @@ def _current_names(published: Iterable[str], backbone: Backbone, file: Path) -> 
 def changes_nothing(adapter: PeftModel) -> bool:
     """Whether the model with this adapter is its base model, because every second low-rank factor is zero."""
     return not any(bool(tensor.any()) for name, tensor in _tensors(adapter).items() if "lora_B" in name)
-
-
-def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, called: Mapping[str, str] | None = None) -> None:
-    """Raise AdapterError unless `found` has exactly the names and shapes of `expected`, in finite floating-point numbers.
-
-    `called` gives the names of found tensors as the file has them, where they differ.
-    """
-    for name in sorted(expected.keys() - found.keys()):
-        raise AdapterError(f"{file}: tensor {name} is missing; the adapter was made for another model or its keys were renamed")
-    for name, tensor in sorted(found.items()):
-        label = f"{file}: tensor {(called or {}).get(name, name)}"
-        if name not in expected:
-            raise AdapterError(f"{label} is unexpected; the adapter was made for another model or its keys were renamed")
-        if tensor.shape != expected[name].shape:
-            raise AdapterError(f"{label} has shape {tuple(tensor.shape)}, the model needs {tuple(expected[name].shape)}")
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{label} holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point numbers")
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise AdapterError(f"{label} holds {bad} non-finite values; the file is damaged or the training diverged")

@@ -56,10 +56,7 @@ def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int 
                     "negatives per query",
                     f"{batch - 1} in the batch, and explicit ones" if recipe.loss.explicit_negatives else f"{batch - 1}",
                 ),
-                (
-                    "chunks",
-                    f"at most {recipe.train.chunk_tokens} padded tokens each; {recipe.train.keep_tokens} of a batch keep their graph",
-                ),
+                ("chunks", _chunks_line(recipe)),
                 ("steps", f"{steps} = {pairs} pairs = {pairs / len(mixture):.2f} epochs of {len(mixture)}"),
             ],
         ),
@@ -80,6 +77,12 @@ def _batches(recipe: Recipe, mixture: Mixture, count: int) -> list[tuple[str, li
     fewest, most = found.sources
     title = f"what a batch holds, over {found.batches} of {count} (floors and start are losses; naive: equal positives as negatives)"
     return [(title, [("sources per batch", f"{fewest} to {most}"), *found.lines()])]
+
+
+def _chunks_line(recipe: Recipe) -> str:
+    size, kept = (recipe.train.chunk_tokens, recipe.train.keep_tokens)
+    sizes = "as large as runs fastest, tried out before the first step" if size is None else f"at most {size} padded tokens each"
+    return f"{sizes}; {'as many as fit' if kept is None else f'{kept} tokens of a batch'} keep their graph"
 
 
 def _source_line(row: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ again, bit for bit.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class _Recorded:
 class Replay:
     """Context manager of one step over `modules`, none of which may hold a trainable parameter; `runs[i]` counts real runs of module i.
 
+    At most `limit` bytes of outputs are `held`; what would be more is computed in both passes.
+
     A module may run several times in one chunk: the n-th call of the second visit gets the output of the n-th call of the first. A key must
     therefore name the same items throughout a step. Outside `chunk` the modules run as usual. Outputs are tensors, or tuples, lists and
     mappings (transformers' ModelOutput among them) of such.
@@ -44,12 +47,13 @@ class Replay:
     changed in place.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], limit: float = math.inf) -> None:
         for index, module in enumerate(modules):
             trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
             if trainable:
                 raise Vlm2VecError(f"{_named(index, module)}: {len(trainable)} trainable parameters, e.g. {trainable[0]!r}")
         self.modules = list(modules)
+        self.limit, self.held = limit, 0
         self.runs = [0] * len(self.modules)
         self._recorded: dict[tuple[Hashable, int, int], _Recorded] = {}
         self._chunk: tuple[Hashable] | None = None
@@ -69,6 +73,7 @@ class Replay:
         while self._restore:
             self._restore.pop()()
         self._recorded.clear()
+        self.held = 0
 
     @contextmanager
     def chunk(self, key: Hashable) -> Iterator[None]:
@@ -111,6 +116,10 @@ class Replay:
         if key not in self._recorded:
             self.runs[index] += 1
             output = _detached(real(*args, **kwargs))
+            size = sum(tensor.nbytes for tensor in _tensors(output))
+            if self.held + size > self.limit:
+                return output
+            self.held += size
             self._recorded[key] = _Recorded(output, _versions(output))
         recorded = self._recorded[key]
         if _versions(recorded.output) != recorded.versions:

@@ -28,6 +28,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     ">= 1": lambda value: value >= 1,
     ">= 2": lambda value: value >= 2,
     "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 10080]": lambda value: 0 < value <= 10080,  # minutes of a week
 }
 
 
@@ -43,6 +44,7 @@ class RunConfig:
     dir: str = _key("folder of the run; empty means runs/<name of the recipe>", "")
     seed: int = _key("seed of weights, data order and dropout", 17, ">= 0")
     trackers: tuple[str, ...] = _key("accelerate trackers that also receive the log, such as tensorboard", ())
+    timeout: float = _key("minutes that a process waits for another, such as one that saves, before it gives up", 60.0, "in (0, 10080]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,13 @@ class DataConfig:
     )
     max_bad_fraction: float = _key("share of the mixture's pairs that may be replaced before the run stops", 0.001, "in [0, 1)")
 
+    feature_cache: float = _key(
+        "GiB of disk for features of pictures by frozen vision and projector, so that no epoch encodes them again; 0 means none",
+        0.0,
+        ">= 0",
+    )
+    feature_folder: str | None = _key("folder of the feature cache, which several runs may share; null means the run's own", None)
+
     def rules(self) -> Iterator[Violation]:
         """What holds between the keys of this section."""
         if not self.root:
@@ -173,8 +182,13 @@ class TrainConfig:
     epochs: float | None = _key("passes over the mixture; give either steps or epochs", None, "> 0")
     global_batch: int = _key("contrastive pairs of a step, over all processes", within=">= 2")
     accumulate: int = _key("global batches whose gradients are averaged into one optimizer step", 1, ">= 1")
-    chunk_tokens: int = _key("padded tokens encoded at once during training", 16384, "> 0")
-    keep_tokens: int = _key("padded tokens of a batch encoded once, their graph kept; the others are encoded twice", 0, ">= 0")
+    chunk_tokens: int | None = _key(
+        "padded tokens encoded at once during training; null means what runs fastest, tried out before the first step", None, "> 0"
+    )
+    keep_tokens: int | None = _key(
+        "padded tokens of a batch encoded once, their graph kept, the others twice; null means as many as memory holds", None, ">= 0"
+    )
+    replay_gib: float = _key("outputs of frozen towers held from the first pass to the second; more are computed twice", 8.0, ">= 0")
     lr: float = _key("peak learning rate", within="> 0")
     schedule: Literal["linear", "cosine", "constant"] = _key("shape of the learning rate after warm-up", "linear")
     warmup: int = _key("steps of linear warm-up", 0, ">= 0")
@@ -182,7 +196,9 @@ class TrainConfig:
     betas: tuple[float, float] = _key("decay rates of AdamW's two moments", (0.9, 0.999), "in [0, 1)")
     clip: float = _key("largest norm of the gradient; 0 means no clipping", 1.0, ">= 0")
     precision: Literal["fp32", "bf16"] = _key("autocast of the forward pass; the loss is always fp32", "fp32")
-    activation_checkpointing: bool = _key("recompute activations in the backward pass: less memory, more time", False)
+    activation_checkpointing: bool | None = _key(
+        "recompute activations in the backward pass: less memory, more time; null means where trying it out shows it to be faster", False
+    )
     projector_lr: float | None = _key("peak learning rate of the projector; null means lr", None, "> 0")
     engine: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] | None = _key(
         "who holds weights, gradients and optimizer of several processes; null means what accelerate's config says, else ddp", None
@@ -236,9 +252,11 @@ class Recipe:
         return digest(self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """The resolved tree without what does not change the result: where the run lives, its engine, how many bad pairs it bears."""
+        """The resolved tree without what does not change the result: where the run and its features live, its engine, what it replays, how
+        many bad pairs it bears.
+        """
         tree = asdict(self) | {"run": {"seed": self.run.seed}}
-        del tree["train"]["engine"], tree["data"]["max_bad_fraction"]
+        del tree["train"]["engine"], tree["train"]["replay_gib"], tree["data"]["max_bad_fraction"], tree["data"]["feature_folder"]
         return tree
 
     def rules(self) -> Iterator[Violation]:
@@ -250,6 +268,8 @@ class Recipe:
             yield "model.train", "is empty and lora is null: nothing would be trained"
         if self.train.projector_lr is not None and "projector" not in (*adapted, *self.model.train):
             yield "train.projector_lr", "is given but the projector is not trained; add it to model.train or lora.parts"
+        if self.data.feature_cache and (trained := sorted({"vision", "projector"} & {*adapted, *self.model.train})):
+            yield "data.feature_cache", f"needs frozen vision and projector, and this recipe trains {' and '.join(trained)}; write 0"
         if self.data.block and self.train.global_batch % self.data.block:
             yield "data.block", f"({self.data.block}) must divide train.global_batch ({self.train.global_batch})"
 

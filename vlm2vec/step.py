@@ -15,24 +15,25 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vlm2vec import dist, io, log
+from vlm2vec import budget, dist, io, log, probe
 from vlm2vec.batch import Batch
+from vlm2vec.budget import CHUNKS, Budget
 from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe
 from vlm2vec.engines import Engine
 from vlm2vec.errors import EnvError, NonFiniteError
-from vlm2vec.gradcache import cached_backward
+from vlm2vec.gradcache import StepResult, cached_backward
 from vlm2vec.losses import InfoNCE
+from vlm2vec.pooling import check_rows
 from vlm2vec.replay import Replay, leading_frozen
 
-CHUNKS = "chunks.jsonl"  # in the run folder: when and where memory was full, and the chunks since
 _logger = log.get_logger(__name__)
 
 
@@ -117,14 +118,22 @@ class Step:
 
     recipe: Recipe
     engine: Engine
+    budget: Budget | None = field(default=None, init=False)  # None until it is settled, with the first batch at hand
 
     def __post_init__(self) -> None:
         self.encoder, self.loss = self.engine.encoder, self.engine.loss
         self.run_dir = Path(self.recipe.run.dir)
-        self.chunk_tokens = chunk_tokens(self.recipe)
         set_training_mode(self.encoder.model)
+        if settled := budget.read(self.run_dir) or Budget.given(self.recipe.train):
+            self._cut(settled)
+
+    def _cut(self, settled: Budget) -> None:
+        self.budget = settled
+        self.encoder.recompute_activations(settled.activation_checkpointing)
 
     def __call__(self, step: int, batches: list[Batch], lr: float) -> tuple[dict[str, float], dict[str, float]]:
+        if self.budget is None:
+            self._cut(self._settle(step, batches[0]))
         started = time.perf_counter()
         stats, grad_norm = self._gradients(step, batches)
         self.engine.step(lr)
@@ -153,17 +162,18 @@ class Step:
         return self._gradients(step, batches)
 
     def _backward(self, step: int, micro: int, batch: Batch, last: bool = True) -> dict[str, float]:
+        assert self.budget is not None, "settled before the first step"
         lengths = [len(features) for features in batch.features]
-        chunks = plan_chunks(lengths, self.chunk_tokens)
+        chunks = plan_chunks(lengths, self.budget.chunk_tokens)
         layout = Layout.gather(batch, chunks, self.encoder.device)
         padded = list(accumulate(len(chunk) * lengths[chunk[0]] for chunk in chunks))
-        idle, keep = self._company(len(chunks), bisect_right(padded, self.recipe.train.keep_tokens))
+        idle, keep = self._company(len(chunks), bisect_right(padded, self.budget.keep_tokens))
         trouble = _Trouble(self.engine.meets)
-        with Replay(leading_frozen(self.encoder.backbone.towers())) as replay, trouble.kept():
+        with self._replay() as replay, trouble.kept():
             result = cached_backward(
                 chunks,
                 encode=lambda chunk: self._guarded(chunk, lambda: self._embed(batch, chunk, replay), trouble),
-                objective=lambda embedding_ID: _finite(*layout.contrast(self.loss, embedding_ID)),
+                objective=lambda embedding_ID: layout.contrast(self.loss, embedding_ID),
                 seeds=[step_seed(self.recipe.run.seed, step, micro, dist.rank(), index) for index in range(len(chunks))],
                 weight=1.0 / self.recipe.train.accumulate,
                 gather=lambda local_ID: _tell_and_gather(trouble, local_ID),
@@ -171,12 +181,12 @@ class Step:
                 idle=idle,
                 backward=lambda rows_CD, gradient_CD, final: self.engine.backward(rows_CD, gradient_CD, last and final),
             )
+            stats = _numbers(result)
         trouble.tell()
-        return {
-            "loss": result.loss.item(),
-            **{name: float(value) for name, value in result.stats.items()},
-            "padding_share": 1 - sum(lengths) / padded[-1],
-        }
+        return {**stats, "padding_share": 1 - sum(lengths) / padded[-1]}
+
+    def _replay(self) -> Replay:
+        return Replay(leading_frozen(self.encoder.backbone.towers()), limit=int(self.recipe.train.replay_gib * 2**30))
 
     def _embed(self, batch: Batch, chunk: list[int], replay: Replay) -> Tensor:
         inputs = self.encoder.processor.collate([batch.features[row] for row in chunk])
@@ -198,22 +208,28 @@ class Step:
             return 0, keep
         return dist.highest(chunks) - chunks, dist.lowest(keep)
 
+    def _settle(self, step: int, batch: Batch) -> Budget:
+        """What the recipe leaves open, tried out on the first batch and written down; the same on every rank."""
+        found = probe.try_out(self.engine, batch)
+        found = Budget(dist.lowest(found.chunk_tokens), dist.lowest(found.keep_tokens), dist.any_rank(found.activation_checkpointing))
+        if dist.is_main():
+            found.write(self.run_dir, step + 1, "tried out")
+        return found
+
     def _shrink(self, step: int, batches: list[Batch]) -> None:
-        """Halve the chunks, say so and write it down. Raises EnvError when every chunk is one item already."""
+        """Keep fewer graphs or halve the chunks, say so and write it down. Raises EnvError when every chunk is one item already."""
+        assert self.budget is not None, "settled before the first step"
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         longest = max(len(features) for batch in batches for features in batch.features)
         if not self.engine.meets:
             longest = dist.highest(longest)
-        if self.chunk_tokens <= longest:
-            raise EnvError(
-                f"step {step + 1}: out of memory with one item of {longest} tokens at a time; lower model.max_pixels or model.max_tokens, "
-                "set train.activation_checkpointing, or take train.engine: fsdp2"
-            )
-        before, self.chunk_tokens = self.chunk_tokens, self.chunk_tokens // 2
+        if not self.budget.keep_tokens and self.budget.chunk_tokens <= longest:
+            raise EnvError(f"step {step + 1}: {probe.too_long(longest)}")
+        self._cut(self.budget.smaller())
         if dist.is_main() or self.engine.meets:
-            _logger.warning("step %d: out of memory; chunk %d -> %d tokens, the batch stays", step + 1, before, self.chunk_tokens)
-            io.append_jsonl(self.run_dir / CHUNKS, {"step": step + 1, "from": before, "to": self.chunk_tokens})
+            _logger.warning("step %d: out of memory; now %s, the batch stays", step + 1, self.budget)
+            self.budget.write(self.run_dir, step + 1, "memory was full")
 
     def _report(self, step: int, batches: list[Batch], rank: int, reason: str) -> NonFiniteError:
         """Write down the pairs of all ranks, in the order of the global batch."""
@@ -229,21 +245,21 @@ class Step:
         )
 
 
-def chunk_tokens(recipe: Recipe) -> int:
-    """The size of chunks: the recipe's, or a smaller one that an earlier part of the run wrote down when memory was full."""
-    file = Path(recipe.run.dir) / CHUNKS
-    return min([recipe.train.chunk_tokens, *(row["to"] for row in (io.read_jsonl(file) if file.exists() else []))])
-
-
 def _tell_and_gather(trouble: _Trouble, local_ID: Tensor) -> tuple[Tensor, int]:
+    if not trouble.full:
+        with trouble.kept():
+            check_rows(local_ID)
     trouble.tell()
     return dist.gather_rows(local_ID)
 
 
-def _finite(loss: Tensor, stats: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    if not torch.isfinite(loss):
-        raise NonFiniteError(f"loss={loss.item()}")
-    return loss, stats
+def _numbers(result: StepResult) -> dict[str, float]:
+    """Loss and statistics as numbers, fetched from the device at once and only when all passes were started. Raises NonFiniteError."""
+    tensors = {"loss": result.loss, **result.stats}
+    found = dict(zip(tensors, torch.stack([tensor.double() for tensor in tensors.values()]).tolist(), strict=True))
+    if not math.isfinite(found["loss"]):
+        raise NonFiniteError(f"loss={found['loss']}")
+    return found
 
 
 def step_seed(*parts: int) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,11 +18,12 @@ from accelerate import Accelerator
 from vlm2vec import checkpoint, dist, io, log
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import Mixture, build_mixture
-from vlm2vec.encoder import Encoder
+from vlm2vec.encoder import TRAINED_PARTS, Encoder
 from vlm2vec.engines import prepare
-from vlm2vec.errors import EnvError, RecipeError
+from vlm2vec.errors import CheckpointError, EnvError, RecipeError
 from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
+from vlm2vec.precompute import precompute
 from vlm2vec.signals import StopSignal
 from vlm2vec.step import Step
 
@@ -37,9 +40,13 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     resumed = checkpoint.latest(run_dir)
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
+    total = total_steps(recipe, mixture)
+    with stop.cutting("stopped while encoding pictures; run the same command to go on") if stop else nullcontext():
+        features = precompute(recipe, encoder, mixture, total * recipe.train.accumulate)
     engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
     start = checkpoint.restore(resumed, engine) if resumed else 0
-    total = total_steps(recipe, mixture)
+    if start > total:
+        raise CheckpointError(f"{resumed}: beyond the last step of this recipe, {total}; choose another run.dir or pass --fresh")
     step_function = Step(recipe, engine)
     journal = Journal(run_dir, start, accelerator)
 
@@ -47,7 +54,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
         checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
 
     with log.progress(total, "training", "step", initial=start) as bar:
-        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total):
+        for step, batches in read_steps(recipe, mixture, encoder.processor, start, total, features):
             if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
                 save(step)
                 raise stop.interrupted(f"stopped before step {step + 1} of {total}; saved {run_dir}, run the same command to go on", number)
@@ -83,11 +90,19 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
     else:
         same = {key: getattr(recipe.model, key) for key in ("dtype", "attention", "trust_remote_code")}
         encoder = Encoder.from_pretrained(resumed, device="cpu", **same)
+    found = encoder.trained_parts
     encoder.precision = recipe.train.precision
     encoder.train_only(recipe.model.train)
-    if recipe.train.activation_checkpointing:
-        encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if resumed and encoder.adapter is not None:
+        _check_parts(found, encoder.trained_parts, resumed / TRAINED_PARTS)
     return encoder
+
+
+def _check_parts(found: Sequence[str], trained: Sequence[str], file: Path) -> None:
+    """Raise CheckpointError unless what lies beside an adapter are all weights that the recipe trains in full, and no others."""
+    for name in sorted({*found} ^ {*trained}):
+        fault = "unexpected" if name in found else "missing"
+        raise CheckpointError(f"{file}: tensor {name} is {fault}; go on with the recipe that wrote it")
 
 
 def mixture_of(recipe: Recipe) -> Mixture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tests.backbones.common import embed, mixed_items, picture
 from vlm2vec.backbones import registry
 from vlm2vec.backbones.base import Backbone
+from vlm2vec.backbones.pictures import PIXELS, VECTORS
 from vlm2vec.collate import Features
 from vlm2vec.config import LoraConfig
 from vlm2vec.gradcache import cached_backward
@@ -92,6 +94,37 @@ def test_frozen_towers_run_once_and_change_no_bit(tiny: Tiny, model_type: str) -
     assert replay.runs == [3] * len(towers)  # chunks with a picture
     assert plain.keys() == replayed.keys()
     assert all(torch.equal(plain[name], replayed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("cached", ["all", "every second"])
+def test_features_stand_for_pixels(tiny: Tiny, model_type: str, cached: str) -> None:
+    """Each picture through the towers alone, and its features in place of its pixels; chunks of both kinds and without pictures."""
+    backbone = tiny(model_type)
+    backbone.model.double().eval()
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(backbone.part_of(name) == "language")
+    rows = six_items(backbone)
+    expected = backward(backbone, rows)
+    numbers = itertools.count()
+    known = [
+        Features(row.input_ids, [features(backbone, image) if cached == "all" or next(numbers) % 2 else image for image in row.images])
+        for row in rows
+    ]
+    assert backbone.takes_features
+    with Replay(backbone.towers()) as replay:
+        found = backward(backbone, known, replay=replay)
+    assert worst(found, expected) <= 1e-6
+    assert set(replay.runs) == {0 if cached == "all" else 3}  # as many as pictures that come as pixels, though GradCache asks twice
+
+
+@torch.no_grad()
+def features(backbone: Backbone, image: dict[str, Tensor]) -> dict[str, Tensor]:
+    vectors = backbone.picture_features({name: exact(tensor) for name, tensor in backbone.processor.joined([image]).items()})
+    return {**{name: tensor for name, tensor in image.items() if name != PIXELS}, VECTORS: vectors}
+
+
+def exact(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def test_activation_checkpointing_changes_no_gradient(tiny: Tiny, model_type: str) -> None:

@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults.common import light_recipe, reseal
+from tests.faults.common import changed, light_recipe, reseal
 from tests.runs import start_run
 from vlm2vec import checkpoint
 from vlm2vec.backbones.builtin import builtin_checkpoint
+from vlm2vec.config import Recipe
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import CheckpointError, ModelError, Vlm2VecError
 from vlm2vec.io import verify_manifest
@@ -149,16 +150,16 @@ def cut(name: str, keep: float) -> Harm:
     return harm
 
 
-def header(change: Callable[[dict], object]) -> Harm:
-    """Rewrite the header of the adapter's safetensors."""
+def header(change: Callable[[dict], object], name: str = ADAPTER) -> Harm:
+    """Rewrite the header of a safetensors file."""
 
     def harm(folder: Path, canary: Path) -> None:
-        content = (folder / ADAPTER).read_bytes()
+        content = (folder / name).read_bytes()
         size = int.from_bytes(content[:8], "little")
         table = json.loads(content[8 : 8 + size])
         change(table)
         encoded = json.dumps(table).encode()
-        (folder / ADAPTER).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
+        (folder / name).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
 
     return harm
 
@@ -265,6 +266,8 @@ HOSTILE: dict[str, Harm] = {
     "wrong-shape": weights(first(lambda tensor: tensor[:, :-1].contiguous() if tensor.ndim > 1 else tensor[:-1])),
     "transposed": weights(first(lambda tensor: tensor.T.contiguous() if tensor.ndim > 1 else torch.zeros(2, 2))),
     "wrong-rank": settings(CONFIG, r=8),
+    "float64-too-large": weights(first(lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64))),
+    "nan-of-8-bits": weights(first(lambda tensor: torch.full_like(tensor, float("nan")).to(torch.float8_e4m3fn))),
     "nan": weights(filled(float("nan"))),
     "inf": weights(filled(float("inf"))),
     "missing-key": weights(lambda table: {name: table[name] for name in sorted(table)[1:]}),
@@ -319,36 +322,160 @@ def test_settings_beside_a_model_cannot_turn_on_its_code(model: dict, tmp_path: 
     tally("F4", "a model with code, and settings beside it that say to trust it", "refused; nothing executed", 1)
 
 
-STATE: dict[str, Harm] = {
-    "state-not-json": replace_with("state.json", b"{"),
-    "state-without-step": replace_with("state.json", b'{"format": 1}'),
-    "state-list": replace_with("state.json", b"[]"),
-    "state-step-text": settings("state.json", step="four"),
-    "state-step-other": settings("state.json", step=400),
-    "state-of-the-future": settings("state.json", format=99),
-    "optimizer-html": replace_with("optimizer.safetensors", HTML),
-    "optimizer-cut": cut("optimizer.safetensors", 0.5),
-    "optimizer-shape": weights(first(lambda tensor: torch.zeros(3, 3)), "optimizer.safetensors"),
-    "optimizer-nan": weights(filled(float("nan")), "optimizer.safetensors"),
-    "optimizer-missing": weights(lambda table: {name: table[name] for name in sorted(table)[3:]}, "optimizer.safetensors"),
-    "optimizer-empty": weights(lambda table: {}, "optimizer.safetensors"),
-    "optimizer-extra": weights(lambda table: table | {"encoder.evil/exp_avg": torch.zeros(1)}, "optimizer.safetensors"),
-    "loss-html": replace_with("loss.safetensors", HTML),
-    "loss-renamed": weights(lambda table: {f"x{name}": value for name, value in table.items()}, "loss.safetensors"),
-    "loss-nan": weights(filled(float("nan")), "loss.safetensors"),
+STATE_FILE, LOSS, OPTIMIZER, PARTS = "state.json", "loss.safetensors", "optimizer.safetensors", "trained_parts.safetensors"
+STEP, SQUARE = r"optimizer.safetensors: tensor \S+/step", r"optimizer.safetensors: tensor \S+/exp_avg_sq"
+STRANGE = "made for another model or its keys were renamed"
+
+
+def only(ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """Change the first tensor whose name ends so."""
+
+    def altered(table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        chosen = min(name for name in table if name.endswith(ending))
+        return table | {chosen: change(table[chosen])}
+
+    return altered
+
+
+def moments(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Harm:
+    return weights(change, OPTIMIZER)
+
+
+def told(**keys: object) -> Harm:
+    return settings(STATE_FILE, **keys)
+
+
+def renamed(number: int, *others: Harm) -> Harm:
+    """Call the folder as if it were of another step, after `others`; no other checkpoint stays."""
+
+    def harm(folder: Path, canary: Path) -> None:
+        for other in others:
+            other(folder, canary)
+        shutil.rmtree(checkpoint.steps(folder.parent)[0])
+        folder.rename(folder.with_name(f"step-{number:06d}"))
+
+    return harm
+
+
+def of_step(number: int) -> Harm:
+    """The whole state says that it is of another step."""
+
+    def counted(table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return table | {name: torch.tensor(float(number)) for name in table if name.endswith("/step")}
+
+    return renamed(number, told(step=number), moments(counted))
+
+
+# By name: what is done to the newest checkpoint, of step 4, and what the error says.
+STATE: dict[str, tuple[Harm, str]] = {
+    "state-not-json": (replace_with(STATE_FILE, b"{"), "state.json:1: not JSON"),
+    "state-html": (replace_with(STATE_FILE, HTML), "state.json:1: not JSON"),
+    "state-missing": (lambda folder, canary: (folder / STATE_FILE).unlink(), "state.json: cannot be read"),
+    "state-without-step": (replace_with(STATE_FILE, b'{"format": 1}'), "state.json: key 'recipe_digest' is missing"),
+    "state-list": (replace_with(STATE_FILE, b"[]"), "state.json: holds a list, not an object with format, step, recipe_digest"),
+    "state-extra": (told(optimizer="evil"), "state.json: key 'optimizer' is unexpected"),
+    "state-digest": (told(recipe_digest=None), "state.json: recipe_digest is None, not a string"),
+    "state-step-text": (told(step="four"), "state.json: step is 'four', not an integer"),
+    "state-step-bool": (told(step=True), "state.json: step is True, not an integer"),
+    "state-step-float": (told(step=4.0), "state.json: step is 4.0, not an integer"),
+    "state-step-null": (told(step=None), "state.json: step is None, not an integer"),
+    "state-step-negative": (told(step=-4), "state.json: step is -4 but the folder is called step-000004"),
+    "state-step-huge": (told(step=10**4000), "state.json: step is 1000+... but the folder is called step-000004"),
+    "state-step-other": (told(step=400), "state.json: step is 400 but the folder is called step-000004"),
+    "state-step-zero": (renamed(0, told(step=0)), rf"optimizer.safetensors: tensor \S+ is unexpected; .*{STRANGE}"),
+    "folder-renamed": (renamed(400), "state.json: step is 4 but the folder is called step-000400; if you renamed it, rename it back"),
+    "beyond-the-recipe": (of_step(400), "step-000400: beyond the last step of this recipe, 6"),
+    "state-of-the-future": (told(format=99), "state.json: format is 99, this version reads 1; if it is newer, upgrade vlm2vec"),
+    "state-of-the-future-with-more": (told(format=2, scheduler={}), "state.json: format is 2, this version reads 1"),
+    "state-format-zero": (told(format=0), "state.json: format is 0"),
+    "state-format-bool": (told(format=True), "state.json: format is True"),
+    "state-format-float": (told(format=1.0), "state.json: format is 1.0"),
+    "optimizer-lost": (lambda folder, canary: (folder / OPTIMIZER).unlink(), "optimizer.safetensors: not found"),
+    "optimizer-html": (replace_with(OPTIMIZER, HTML), "optimizer.safetensors: file is an HTML page"),
+    "optimizer-lfs": (replace_with(OPTIMIZER, LFS), "optimizer.safetensors: file is a Git-LFS pointer"),
+    "optimizer-pickle": (pickled(2, OPTIMIZER), "optimizer.safetensors: not a safetensors file"),
+    "optimizer-cut": (cut(OPTIMIZER, 0.5), "optimizer.safetensors: truncated"),
+    "optimizer-header": (header(overlap, OPTIMIZER), "optimizer.safetensors: not a readable safetensors file"),
+    "optimizer-of-the-loss": (linked(OPTIMIZER, LOSS), rf"optimizer.safetensors: tensor \S+ is missing; .*{STRANGE}"),
+    "optimizer-shape": (moments(first(lambda tensor: torch.zeros(3, 3))), r"optimizer.safetensors: tensor \S+/exp_avg has shape \(3, 3\)"),
+    "optimizer-transposed": (moments(only("lora_A.default.weight/exp_avg", lambda tensor: tensor.T.contiguous())), "has shape"),
+    "optimizer-nan": (moments(filled(float("nan"))), r"optimizer.safetensors: tensor \S+/exp_avg holds \d+ non-finite values"),
+    "optimizer-inf": (moments(only("_sq", lambda tensor: tensor + float("inf"))), rf"{SQUARE} holds \d+ non-finite values"),
+    "optimizer-integers": (moments(only("_sq", lambda tensor: tensor.int())), f"{SQUARE} holds int32, not float32"),
+    "optimizer-half": (moments(only("_sq", lambda tensor: tensor.half())), f"{SQUARE} holds float16, not float32"),
+    "optimizer-negative": (moments(only("_sq", lambda tensor: tensor - 1)), f"{SQUARE} holds -1, and is a mean of squares"),
+    "optimizer-missing": (moments(lambda table: {name: table[name] for name in sorted(table)[3:]}), r"tensor \S+/exp_avg is missing"),
+    "optimizer-no-squares": (moments(lambda table: {name: table[name] for name in table if "_sq" not in name}), f"{SQUARE} is missing"),
+    "optimizer-no-step": (moments(lambda table: {name: table[name] for name in table if "/step" not in name}), f"{STEP} is missing"),
+    "optimizer-empty": (moments(lambda table: {}), rf"optimizer.safetensors: tensor \S+ is missing; .*{STRANGE}"),
+    "optimizer-extra": (moments(lambda table: table | {"encoder.evil/exp_avg": torch.zeros(1)}), "encoder.evil/exp_avg is unexpected"),
+    "optimizer-max": (moments(lambda table: table | {"loss.log_temperature/max": torch.zeros(())}), "log_temperature/max is unexpected"),
+    "optimizer-step-other": (moments(only("/step", lambda tensor: tensor + 1)), f"{STEP} is 5, but state.json is of step 4"),
+    "optimizer-step-half": (moments(only("/step", lambda tensor: tensor - 0.5)), f"{STEP} is 3.5, but"),
+    "optimizer-step-integer": (moments(only("/step", lambda tensor: tensor.long())), f"{STEP} holds int64, not float32"),
+    "optimizer-step-by-element": (moments(only("/step", lambda tensor: tensor.repeat(4))), rf"{STEP} has shape \(4,\)"),
+    "loss-html": (replace_with(LOSS, HTML), "loss.safetensors: file is an HTML page"),
+    "loss-lost": (lambda folder, canary: (folder / LOSS).unlink(), "loss.safetensors: not found"),
+    "loss-renamed": (weights(lambda table: {f"x{name}": value for name, value in table.items()}, LOSS), "log_temperature is missing"),
+    "loss-extra": (weights(lambda table: table | {"evil": torch.zeros(1)}, LOSS), "loss.safetensors: tensor evil is unexpected"),
+    "loss-shape": (weights(first(lambda tensor: tensor.repeat(2)), LOSS), r"loss.safetensors: tensor log_temperature has shape \(2,\)"),
+    "loss-double": (weights(first(lambda tensor: tensor.double()), LOSS), "tensor log_temperature holds float64, not float32"),
+    "loss-nan": (weights(filled(float("nan")), LOSS), "tensor log_temperature holds 1 non-finite values"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_hostile_state_is_refused(name: str, folder: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
+    harm, words = STATE[name]
+    harm(folder, tmp_path / "canary")
+    left = checkpoint.steps(folder.parent)[-1]
+    with pytest.raises(CheckpointError, match=words) as caught:
+        resume(left)
+    assert caught.value.exit_code == 2 and left.name in str(caught.value) and not (tmp_path / "canary").exists()
+    assert len(str(caught.value)) < 1000
+    tally("F4", "training state that does not fit, with a manifest that fits", "refused in words", 1)
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, LOSS, OPTIMIZER])
+def test_a_state_that_lies_elsewhere_is_passed_over(name: str, folder: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
+    """What a link leads to is no part of a checkpoint, however right it is."""
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    reseal(folder)
+    assert checkpoint.latest(folder.parent) == checkpoint.steps(folder.parent)[0]
+    tally("F4", "training state behind a link", "passed over for the checkpoint before", 1)
+
+
+PARTLY: dict[str, tuple[Harm, str]] = {
+    "html": (replace_with(PARTS, HTML), "trained_parts.safetensors: file is an HTML page"),
+    "header": (header(overlap, PARTS), "trained_parts.safetensors: not a readable safetensors file"),
+    "lost": (lambda folder, canary: (folder / PARTS).unlink(), r"trained_parts.safetensors: tensor \S+ is missing"),
+    "missing": (weights(lambda table: {name: table[name] for name in sorted(table)[1:]}, PARTS), r"tensor \S+ is missing"),
+    "nan": (weights(filled(float("nan")), PARTS), r"trained_parts.safetensors: tensor \S+ holds \d+ non-finite values"),
 }
 
 
-# Until checkpoint.restore reads the training state as strictly as adapters are read. Only a forged manifest leads there, no accident.
-TRUSTED = [name for name in STATE if name not in ("state-not-json", "state-of-the-future", "optimizer-extra", "optimizer-nan", "loss-nan")]
+@pytest.fixture(scope="module")
+def partly_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that trains the projector in full beside an adapter."""
+    run_dir = tmp_path_factory.mktemp("partly") / "run"
+    start_run(partly(run_dir, steps=3))
+    return run_dir
 
-OWED = pytest.mark.xfail(strict=False, reason="taken on trust when the manifest was forged to fit")
+
+def partly(run_dir: Path, steps: int) -> Recipe:
+    return changed(light_recipe(run_dir, steps, lora="{rank: 4}"), "model", train=("projector",))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OWED if name in TRUSTED else ()) for name in STATE])
-def test_a_hostile_state_is_refused(name: str, folder: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
-    STATE[name](folder, tmp_path / "canary")
-    with pytest.raises(Vlm2VecError) as caught:
-        resume(folder)
-    assert caught.value.exit_code in (2, 3)
+@pytest.mark.parametrize("name", PARTLY)
+def test_parts_beside_an_adapter_are_all_there(name: str, partly_made: Path, tmp_path: Path, tally: Callable[..., None]) -> None:
+    shutil.copytree(partly_made, tmp_path / "run")
+    folder = checkpoint.steps(tmp_path / "run")[-1]
+    harm, words = PARTLY[name]
+    harm(folder, tmp_path / "canary")
+    reseal(folder)
+    (folder.parent / RECIPE).unlink()
+    with pytest.raises(Vlm2VecError, match=words) as caught:
+        start_run(partly(folder.parent, steps=5))
+    assert caught.value.exit_code == 2
     tally("F4", "training state that does not fit, with a manifest that fits", "refused in words", 1)

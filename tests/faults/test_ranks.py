@@ -17,12 +17,14 @@ from tests.parity import engines, warm_up
 from tests.rank_runs import recipe_of, run_on_ranks, stop_at
 from tests.runs import start_run
 from vlm2vec import checkpoint, dist, io
+from vlm2vec.budget import CHUNKS
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines.base import Engine
 from vlm2vec.errors import DataError, EnvError
-from vlm2vec.pooling import normalize
-from vlm2vec.step import CHUNKS, Step
+from vlm2vec.step import Step
 from vlm2vec.trainer import LOG, mixture_of
+
+FULL = {"why": "memory was full", "chunk_tokens": 80, "keep_tokens": 0, "activation_checkpointing": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +88,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_optimizer(engine: str, where: st
         def poisoned(self: Encoder, batch: Any) -> torch.Tensor:
             rows = embed(self, batch)
             if where == "embedding" and now["step"] == 2 and dist.rank() == 1:
-                normalize(rows * float("nan"))
+                return rows * float("nan")
             return rows
 
         def poisoned_reduce(self: Engine) -> None:
@@ -148,7 +150,7 @@ def test_a_full_memory_shrinks_the_chunks_and_nothing_else(engine: str, chunk: i
     keys = {"lora": "{rank: 4}", "steps": 3}
     assert run_on_ranks(recipe_of(tmp_path / "calm", engine, **keys)) == [0, 0]
     assert run_on_ranks(recipe_of(tmp_path / "full", engine, **keys), fill_memory(1, 1, chunk, second_pass)) == [0, 0]
-    assert io.read_jsonl(tmp_path / "full" / CHUNKS) == [{"step": 2, "from": 160, "to": 80}]
+    assert io.read_jsonl(tmp_path / "full" / CHUNKS) == [{"step": 2, **FULL}]
     calm, full = (io.read_jsonl(tmp_path / name / LOG) for name in ("calm", "full"))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in full] == pytest.approx([row[key] for row in calm], rel=1e-5)
@@ -161,7 +163,7 @@ def test_where_ranks_meet_in_chunks_a_full_memory_ends_the_run_and_the_next_star
     recipe = recipe_of(tmp_path, engine, lora="{rank: 4}", steps=4)
     assert run_on_ranks(recipe, fill_memory(2, 1, 1, second_pass=False)) == [EnvError.exit_code] * 2
     assert "run the same command to go on" in capfd.readouterr().err.splitlines()[-1]
-    assert io.read_jsonl(tmp_path / CHUNKS) == [{"step": 3, "from": 160, "to": 80}]
+    assert io.read_jsonl(tmp_path / CHUNKS) == [{"step": 3, **FULL}]
     assert run_on_ranks(recipe) == [0, 0]
     start_run(recipe_of(tmp_path / "one", lora="{rank: 4}", steps=4))
     losses = [[row["loss"] for row in io.read_jsonl(folder / LOG)] for folder in (tmp_path, tmp_path / "one")]

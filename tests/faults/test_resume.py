@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.faults.common import exit_code, forked_run, light_recipe, reseal, whole_run
 from tests.runs import final_bytes, start_run
@@ -86,5 +87,8 @@ def pretend_to_be_far(run_dir: Path) -> None:
     shutil.copytree(checkpoint.latest(made), folder)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"step": FAR}))
+    moments = load_file(folder / "optimizer.safetensors")
+    counts = {name: torch.tensor(float(FAR)) for name in moments if name.endswith("/step")}
+    save_file(moments | counts, folder / "optimizer.safetensors")
     reseal(folder)
     (run_dir / LOG).write_text("")

@@ -60,10 +60,9 @@ class InferredProcessor(Processor):
         return self.tokens_per_image
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """`pixel_values` (N, ...) row after row and, for models that take them, `mm_token_type_ids` (C, L): 1 at image tokens."""
+        """The pictures of all rows and, for models that take them, `mm_token_type_ids` (C, L): 1 at image tokens."""
         types = {"mm_token_type_ids": (input_ids_CL == self.image_token_id).long()} if self.takes_token_types else {}
-        images = [image["pixel_values"] for row in rows for image in row.images]
-        return {**types, "pixel_values": torch.cat(images)} if images else types
+        return {**types, **self.pictures(rows)}
 
 
 class AutoBackbone(Backbone):

@@ -8,6 +8,7 @@ Shape letters: C items in a chunk, L tokens, D hidden width.
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm2vec.backbones.chat import RAW, ChatTemplate
 from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
+from vlm2vec.backbones.pictures import PIXELS, VECTORS, apart, one_by_one
 from vlm2vec.backbones.runs import Part as PromptPart
 from vlm2vec.backbones.runs import Run, Text, cut, gather, whole
 from vlm2vec.collate import Features, pad_tokens
@@ -63,6 +66,7 @@ class Processor(ABC):
     flat_positions: ClassVar[bool] = False  # whether `positions: flat` differs from the family's own and is followed
     margin: tuple[str, str] = ("", "")  # text on both sides of a picture, tokenized together with what stands there
     chat_mark: str | None = None  # what a chat template writes for a picture; the image token if None
+    picture_inputs: tuple[str, ...] = (PIXELS,)  # what the model needs of a picture, each joined along its first dimension
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokenizer = tokenizer
@@ -102,7 +106,11 @@ class Processor(ABC):
 
     @abstractmethod
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """Model inputs of a chunk beside `input_ids` and `attention_mask`; empty of pixels when no row has a picture."""
+        """Model inputs of a chunk beside `input_ids` and `attention_mask`, those of `pictures` among them."""
+
+    def joined(self, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What the vision tower needs of one or more pictures at once."""
+        return {name: torch.cat([image[name] for image in images]) for name in self.picture_inputs}
 
     def control_tokens(self) -> list[str]:
         """Tokens that only we may insert, beside those that the tokenizer already treats as special."""
@@ -125,16 +133,17 @@ class Processor(ABC):
 
     # -- what is the same for all ----------------------------------------------------------------------------------------------------------
 
-    def features(self, prompt: str, images: Sequence[Image.Image], instruction: str = "") -> Features:
+    def features(self, prompt: str, images: Sequence[Image.Image | dict[str, Tensor]], instruction: str = "") -> Features:
         """Tokens and pixels of one item. Raises DataError when prompt and pictures do not match, or when there is nothing to embed.
 
-        With `prompt: chat` the prompt is a user turn after `instruction`, or `model.system` where there is none; else it holds all text.
+        A picture is an RGB image, or what `picture` or a feature cache made of one. With `prompt: chat` the prompt is a user turn after
+        `instruction`, or `model.system` where there is none; else it holds all text.
         """
         pieces = split(prompt, len(images))
         order = [piece for piece in pieces if isinstance(piece, int)]
         for index in sorted(set(range(len(images))) - set(order)):
             raise DataError(f"prompt has no placeholder for picture {index + 1} of {len(images)}: {prompt[:80]!r}")
-        inputs = {index: self.image_inputs(self._resized(images[index])) for index in order}
+        inputs = {index: image if isinstance(image := images[index], dict) else self.picture(image) for index in order}
         tokens = {index: self.image_token_ids(inputs[index]) for index in order}
         plain = [Text(piece) if isinstance(piece, str) else piece for piece in pieces]
         runs = gather(self._chat_parts(pieces, instruction) if self.chat else plain, self.margin)
@@ -146,6 +155,10 @@ class Processor(ABC):
         if not ids:
             raise DataError("prompt has neither text nor image: there is nothing to embed")
         return Features(torch.tensor(ids, dtype=torch.long), [inputs[index] for index in order], lost)
+
+    def picture(self, image: Image.Image) -> dict[str, Tensor]:
+        """Model inputs of one RGB picture, after `model.resize`."""
+        return self.image_inputs(self._resized(image))
 
     def image_tokens_estimate(self, width: int, height: int) -> int:
         """How many ids a picture of this size will take, after `model.resize`: arithmetic only, so that it can be asked before decoding."""
@@ -165,6 +178,13 @@ class Processor(ABC):
         """Pad `rows` to one chunk: `input_ids` and `attention_mask` (C, L) and what the family adds."""
         input_ids_CL, mask_CL = pad_tokens([row.input_ids for row in rows], self.pad_id, self.options.padding_side)
         return {"input_ids": input_ids_CL, "attention_mask": mask_CL, **self.collate_images(rows, input_ids_CL)}
+
+    def pictures(self, rows: Sequence[Features]) -> dict[str, Tensor]:
+        """The pictures of a chunk, row after row: joined, or one by one where some of them come as features; empty if there are none."""
+        images = [image for row in rows for image in row.images]
+        if any(VECTORS in image for image in images):
+            return one_by_one([{VECTORS: image[VECTORS]} if VECTORS in image else self.joined([image]) for image in images])
+        return self.joined(images) if images else {}
 
     def positions(self, rows: Sequence[Features]) -> Tensor:
         """Position ids (C, L) that count from 0 at the first real token, whatever the padding side; 0 on padding."""
@@ -320,9 +340,39 @@ class Backbone(nn.Module, ABC):
         """D, the width of an embedding."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    @property
+    def inner(self) -> Any:
+        """The model without its head."""
+        return self.model.model
+
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Last hidden states (C, L, D) of a collated chunk."""
-        return self.model.model(**batch, use_cache=False).last_hidden_state
+        return self.inner(**self.seen(batch), use_cache=False).last_hidden_state
+
+    # -- pictures as features: a frozen tower sees a picture once, and the model gets what it made of it ---------------------------------
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether the model can be given features instead of pixels."""
+        return "mm_encoder_outputs" in inspect.signature(self.inner.forward).parameters
+
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the towers make of one picture, from `Processor.joined`: (V, D), or (T, V, D) in families that keep tiles apart."""
+        pooled = self.inner.get_image_features(**inputs, return_dict=True).pooler_output
+        return torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
+
+    def seen(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """A collated chunk as the model takes it: as it is, or, where its pictures come one by one, with the features of all."""
+        rest, pictures = apart(batch)
+        return {**rest, "mm_encoder_outputs": {"image": self.as_output(self.vectors(pictures))}} if pictures else rest
+
+    def vectors(self, pictures: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        """The features of each picture, computed where they are not there yet."""
+        return [picture[VECTORS] if VECTORS in picture else self.picture_features(picture) for picture in pictures]
+
+    def as_output(self, vectors: list[Tensor]) -> Any:
+        """What the model's own `get_image_features` would return for these pictures: a list of (V, D), or all tiles in one tensor."""
+        return BaseModelOutputWithPooling(pooler_output=vectors if vectors[0].ndim == 2 else torch.cat(vectors))  # type: ignore[arg-type]
 
     def part_of(self, name: str) -> Part:
         """The part that a parameter or module of `model` belongs to, by its dotted name. Raises ModelError for a name outside all parts."""

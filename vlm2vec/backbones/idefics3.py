@@ -68,10 +68,12 @@ class Idefics3Processor(Processor):
         return len(self._expansion(*self._grid(width, height)))
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """`pixel_values` (1, all tiles of the chunk, 3, edge, edge), row after row: the model needs only their order, so none is padded."""
-        batch = {"position_ids": self.positions(rows)}
-        tiles = [image["pixel_values"] for row in rows for image in row.images]
-        return {**batch, "pixel_values": torch.cat(tiles)[None]} if tiles else batch
+        """`position_ids` (C, L) and the pictures of all rows."""
+        return {"position_ids": self.positions(rows), **self.pictures(rows)}
+
+    def joined(self, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`pixel_values` (1, all tiles, 3, edge, edge): the model needs only their order, so none is padded."""
+        return {name: tiles[None] for name, tiles in super().joined(images).items()}
 
     def _expansion(self, rows: int, columns: int) -> list[int]:
         if (rows, columns) not in self._expansions:

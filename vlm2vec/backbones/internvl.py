@@ -11,6 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, GotOcr2ImageProcessorPil
 
@@ -44,9 +46,14 @@ class InternVLProcessor(TileProcessor):
         if smallest:
             self.image_processor.min_patches = min(self.image_processor.max_patches, math.ceil(smallest / area))
 
+    def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """`pixel_values` (T, 3, E, E) and `tiles`, a scalar: T."""
+        made = super().image_inputs(image)
+        return {**made, "tiles": torch.tensor(len(made["pixel_values"]))}
+
     def image_token_ids(self, inputs: dict[str, Tensor]) -> list[int]:
         """`<img>`, the tokens of all tiles, `</img>`."""
-        return [self.start, *[self.image_token_id] * (self.tokens_per_tile * len(inputs["pixel_values"])), self.end]
+        return [self.start, *[self.image_token_id] * (self.tokens_per_tile * int(inputs["tiles"])), self.end]
 
     def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of the tiles that a picture of this size is cut into, and two markers."""

@@ -6,7 +6,7 @@ an embedding would depend on its neighbours in the chunk. Here the vision model 
 attended to, and a token that sees none attends to a key of zeros whose value is zero, which is its share in the published model.
 
 Shape letters: C items in a chunk, L tokens, N pictures of the chunk, T tiles that a picture may have, E edge of a tile in pixels, P vision
-states of a tile, K those of an item after the key of zeros, D hidden width.
+states of a tile, V those of a picture, K those of an item after the key of zeros, D hidden width.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, MllamaImageProcessorPil
 
+from vlm2vec.backbones.pictures import apart
 from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
 from vlm2vec.backbones.toy import byte_tokenizer, small, special_ids, write_checkpoint
 from vlm2vec.collate import Features
@@ -52,7 +53,7 @@ class MllamaProcessor(TileProcessor):
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """As for every family, and where there are pictures `sees_NL`: which tokens of its own row attend to a picture."""
         batch = super().collate_images(rows, input_ids_CL)
-        if "pixel_values" not in batch:
+        if not any(row.images for row in rows):
             return batch
         starts = [0 if self.options.padding_side == "right" else input_ids_CL.shape[1] - len(row) for row in rows]
         batch["picture_row_N"] = torch.tensor([index for index, row in enumerate(rows) for _ in row.images])
@@ -83,24 +84,39 @@ class Mllama(TileBackbone):
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Last hidden states (C, L, D) of a collated chunk."""
         text = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        seen = self._attended(batch) if "pixel_values" in batch else {}
+        seen = self._attended(batch) if "sees_NL" in batch else {}
         return self.model.model.language_model(**text, **seen, use_cache=False).last_hidden_state
+
+    @property
+    def takes_features(self) -> bool:
+        """Its own `hidden` is."""
+        return True
+
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The vision states (V, D) of the real tiles of one picture."""
+        return self._states(inputs)[0]
+
+    def _states(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """The vision states (V, D) of the real tiles of each picture."""
+        pictures = {name: inputs[name][None] for name in self.processor_class.picture_inputs}
+        states_NTPD = self.inner.multi_modal_projector(self.inner.vision_model(**pictures).last_hidden_state)[0]
+        tiles_NT = inputs["aspect_ratio_mask"].bool()
+        return [states_TPD[tiles_T].flatten(0, 1) for states_TPD, tiles_T in zip(states_NTPD, tiles_NT, strict=True)]
 
     def _attended(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The vision states of each item (C, K, D), who attends to them (C, 1, L, K), and which tokens see a picture (C, 1, L, 1)."""
-        inner, tiles_NT = self.model.model, batch["aspect_ratio_mask"].bool()
-        pictures = {name: batch[name][None] for name in self.processor_class.picture_inputs}
-        states_NTPD = inner.multi_modal_projector(inner.vision_model(**pictures).last_hidden_state)[0]
-        zero_1D = states_NTPD.new_zeros((1, states_NTPD.shape[-1]))
+        rest, pictures = apart(batch)
+        states_N = self.vectors(pictures) if pictures else self._states(rest)
+        zero_1D = states_N[0].new_zeros((1, states_N[0].shape[-1]))
         states, sees = [], []
         for row in range(len(batch["input_ids"])):
-            mine_N = batch["picture_row_N"] == row
-            tiles, sees_NL = tiles_NT[mine_N], batch["sees_NL"][mine_N]
-            states.append(torch.cat([zero_1D, states_NTPD[mine_N][tiles].flatten(0, 1)]))
-            by_state = sees_NL.repeat_interleave(tiles.sum(1) * states_NTPD.shape[2], dim=0)
-            sees.append(torch.cat([~sees_NL.any(0, keepdim=True), by_state]))
+            mine = (batch["picture_row_N"] == row).nonzero().flatten().tolist()
+            sees_NL = batch["sees_NL"][mine]
+            states.append(torch.cat([zero_1D, *(states_N[number] for number in mine)]))
+            by_state = [sees_L.expand(len(states_N[number]), -1) for number, sees_L in zip(mine, sees_NL, strict=True)]
+            sees.append(torch.cat([~sees_NL.any(0, keepdim=True), *by_state]))
         sees_CLK = pad_sequence(sees, batch_first=True).transpose(1, 2)
-        hide_CLK = (~sees_CLK).to(states_NTPD.dtype) * torch.finfo(states_NTPD.dtype).min
+        hide_CLK = (~sees_CLK).to(zero_1D.dtype) * torch.finfo(zero_1D.dtype).min
         return {
             "cross_attention_states": pad_sequence(states, batch_first=True),
             "cross_attention_mask": hide_CLK[:, None],

@@ -65,13 +65,12 @@ class Phi3VProcessor(Processor):
         return self.image_processor.count_tokens(*self.image_processor.grid(width, height)) + len(self.prefix)
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """`position_ids` (C, L), the crops of all pictures (T, 3, S, S), row after row, and `image_sizes` (N, 2)."""
-        batch = {"position_ids": self.positions(rows)}
-        images = [image for row in rows for image in row.images]
-        if images:
-            batch["pixel_values"] = torch.cat([image["pixel_values"] for image in images])
-            batch["image_sizes"] = torch.stack([image["image_sizes"] for image in images])
-        return batch
+        """`position_ids` (C, L) and the pictures of all rows."""
+        return {"position_ids": self.positions(rows), **self.pictures(rows)}
+
+    def joined(self, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The crops of all pictures (T, 3, S, S) and `image_sizes` (N, 2)."""
+        return {**super().joined(images), "image_sizes": torch.stack([image["image_sizes"] for image in images])}
 
 
 class Phi3V(Backbone):
@@ -90,6 +89,10 @@ class Phi3V(Backbone):
     }
     tower_names = ("model.vision_embed_tokens.img_processor", "model.vision_embed_tokens.img_projection")
     aliases: ClassVar[dict[str, str]] = {"model.vision_embed_tokens.wte.weight": "model.embed_tokens.weight"}
+
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Feature vectors (V, D) of one picture."""
+        return self.inner.vision_embed_tokens(**inputs)
 
     def part_of(self, name: str) -> Part:
         """As for every family; CLIP layers behind the one that is read belong to the head, which nothing reads."""

@@ -175,15 +175,19 @@ class Phi3VModel(Phi3Model):
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """States (C, L, D). Crops (T, 3, side, side) and sizes (N, 2) of all pictures come in the order of their tokens.
+        """States (C, L, D). Crops (T, 3, side, side) and sizes (N, 2) of all pictures come in the order of their tokens, or as
+        features: a list of (V, D) under `pooler_output` of `mm_encoder_outputs["image"]`.
 
         Raises ValueError unless there are as many picture tokens as picture features.
         """
         is_picture_CL = input_ids < 0
         words_CLD = self.embed_tokens(input_ids.clamp(min=0))
-        features_VD = None if pixel_values is None else self.vision_embed_tokens(pixel_values, image_sizes)
+        features_VD: Tensor | None = torch.cat(mm_encoder_outputs["image"].pooler_output) if mm_encoder_outputs else None
+        if pixel_values is not None:
+            features_VD = self.vision_embed_tokens(pixel_values, image_sizes)
         found, made = int(is_picture_CL.sum()), 0 if features_VD is None else len(features_VD)
         if found != made:  # scattering would take too many features in silence
             raise ValueError(f"{found} picture tokens, but {made} picture features")

@@ -4,13 +4,14 @@ In a raw prompt a picture becomes bare `<|image_pad|>` tokens, one per merged pa
 models puts vision_start and vision_end around them. The published VLM2Vec code finds pictures by their vision_start, hence found none and
 gave every token the next position: `positions: flat` repeats that for the models trained with it.
 
-Shape letters: C items in a chunk, L tokens, P patches.
+Shape letters: C items in a chunk, L tokens, P patches, V features of a picture, S levels of them, D hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class QwenVLProcessor(Processor):
     """Pictures of any size as rows of patches and a grid (1, height, width) counted in patches."""
 
     flat_positions = True
+    picture_inputs = ("pixel_values", "image_grid_thw")
 
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
         """Bound the area to which pictures are resized."""
@@ -54,11 +56,8 @@ class QwenVLProcessor(Processor):
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """Patches and grids of all pictures, row after row, and `position_ids` (3, C, L): time, height, width."""
         axes = zip(*[self._positions(row) for row in rows], strict=True)
-        batch = {"position_ids": torch.stack([pad_tokens(axis, 0, self.options.padding_side)[0] for axis in axes])}
-        images = [image for row in rows for image in row.images]
-        for name in ("pixel_values", "image_grid_thw") if images else ():
-            batch[name] = torch.cat([image[name] for image in images])
-        return batch
+        positions = torch.stack([pad_tokens(axis, 0, self.options.padding_side)[0] for axis in axes])
+        return {"position_ids": positions, **self.pictures(rows)}
 
     def _positions(self, row: Features) -> Tensor:
         """Positions (3, L): M-RoPE, arXiv 2409.12191 section 2.1, where text counts on all axes alike and a picture by its row and column,
@@ -109,6 +108,17 @@ class QwenVL(Backbone):
         "lm_head": "head",
     }
     tower_names = ("model.visual",)
+
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(V, S, D) of one picture: what takes the places of its tokens, and what further layers add there in Qwen3-VL (section 2)."""
+        made = self.inner.get_image_features(**inputs, return_dict=True)
+        levels = [made.pooler_output, *(getattr(made, "deepstack_features", None) or ())]
+        return torch.stack([torch.cat(list(level)) for level in levels], dim=1)
+
+    def as_output(self, vectors: list[Tensor]) -> Any:
+        """The levels of all pictures, each a list of (V, D)."""
+        first, *further = ([picture_VSD[:, level] for picture_VSD in vectors] for level in range(vectors[0].shape[1]))
+        return SimpleNamespace(pooler_output=first, deepstack_features=further)
 
     @classmethod
     def tiny_checkpoint(cls, to: Path, seed: int = 0, model_type: str | None = None) -> Path:

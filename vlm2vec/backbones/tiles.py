@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,18 +20,14 @@ from vlm2vec.errors import ModelError
 class TileProcessor(Processor):
     """Pictures as (T, 3, E, E) tiles. The tiles of a chunk follow each other row after row, so none is computed in vain."""
 
-    picture_inputs: tuple[str, ...] = ("pixel_values",)  # what the model needs of a picture, each joined along its first dimension
-
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """`pixel_values` (T, 3, E, E) and what else `picture_inputs` names."""
         made = self.image_processor(image, return_tensors="pt")
         return {name: made[name] for name in self.picture_inputs}
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """`position_ids` (C, L) and the joined `picture_inputs` of all rows."""
-        images = [image for row in rows for image in row.images]
-        joined = {name: torch.cat([image[name] for image in images]) for name in (self.picture_inputs if images else ())}
-        return {"position_ids": self.positions(rows), **joined}
+        """`position_ids` (C, L) and the pictures of all rows."""
+        return {"position_ids": self.positions(rows), **self.pictures(rows)}
 
     def id_of(self, token: str) -> int:
         """The id of a marker that the family's prompts need. Raises ModelError if the tokenizer lacks it."""

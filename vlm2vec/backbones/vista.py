@@ -126,12 +126,18 @@ class VistaModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
     ) -> BaseModelOutput:
-        """Hidden states (C, L, D); `pixel_values` holds the pictures of all rows in the order of their tokens."""
+        """Hidden states (C, L, D); `pixel_values` holds the pictures of all rows in the order of their tokens, or they come as
+        visual tokens: `pooler_output` (N, G, D) of `mm_encoder_outputs["image"]`.
+        """
         words_CLD = self.get_input_embeddings()(input_ids)
+        tokens_NGD: Tensor | None = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else None
         if pixel_values is not None:
+            tokens_NGD = self.get_image_features(pixel_values)
+        if tokens_NGD is not None:
             is_image_CL1 = (input_ids == self.config.image_token_id)[..., None]
-            words_CLD = words_CLD.masked_scatter(is_image_CL1, self.get_image_features(pixel_values).to(words_CLD.dtype))
+            words_CLD = words_CLD.masked_scatter(is_image_CL1, tokens_NGD.to(words_CLD.dtype))
         return self.text_model(inputs_embeds=words_CLD, attention_mask=attention_mask, position_ids=position_ids)
 
 
@@ -167,10 +173,8 @@ class VistaProcessor(Processor):
         return min(self.options.max_tokens, room)
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """`position_ids` (C, L) and `pixel_values` (N, 3, size, size), row after row."""
-        batch = {"position_ids": self.positions(rows)}
-        images = [image["pixel_values"] for row in rows for image in row.images]
-        return {**batch, "pixel_values": torch.cat(images)} if images else batch
+        """`position_ids` (C, L) and the pictures of all rows."""
+        return {"position_ids": self.positions(rows), **self.pictures(rows)}
 
 
 class Vista(Backbone):
@@ -182,9 +186,18 @@ class Vista(Backbone):
     parts: dict[str, Part] = {"vision_model": "vision", "projector": "projector", "text_model": "language"}
     tower_names = ("vision_model", "projector")
 
+    def picture_features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Visual tokens (1, G, D) of one picture."""
+        return self.model.get_image_features(**inputs)
+
+    @property
+    def inner(self) -> Any:
+        """The whole model: it has no head."""
+        return self.model
+
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """Last hidden states (C, L, D) of a collated chunk."""
-        return self.model(**batch).last_hidden_state
+        return self.model(**self.seen(batch)).last_hidden_state
 
     @classmethod
     def tiny_checkpoint(cls, to: Path, seed: int = 0, model_type: str | None = None) -> Path:

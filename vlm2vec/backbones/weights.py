@@ -1,4 +1,4 @@
-"""Weight files as bytes: is every safetensors file whole, and the one place that reads a published PyTorch file.
+"""Weight files as bytes: is every safetensors file whole, do its tensors fit, and the one place that reads a published PyTorch file.
 
 A Git-LFS pointer, an HTML error page or a truncated download is named before anything is loaded, from file sizes and headers alone.
 """
@@ -6,6 +6,7 @@ A Git-LFS pointer, an HTML error page or a truncated download is named before an
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
+STRANGE = "the file was made for another model or its keys were renamed"
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 UNREADABLE = (UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
@@ -125,8 +127,46 @@ def read_adapter(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         return pickled, read_published_weights(pickled)
     if not file.is_file():
         raise ModelError(f"{file}: not found, and no {ADAPTER_PICKLE} either; copy or train the adapter again")
+    return file, read_safetensors(file)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises ModelError if it is missing, damaged or something else."""
+    if not file.is_file():
+        raise ModelError(f"{file}: not found; copy it again")
     check_safetensors(file)
     try:
-        return file, load_file(file)
+        return load_file(file)
     except SafetensorError as error:
-        raise ModelError(f"{file}: not a readable safetensors file ({error}); copy or train the adapter again") from error
+        raise ModelError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+
+
+def misfit(
+    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], called: Mapping[str, str] | None = None, exact: bool = False
+) -> str:
+    """What keeps `found` from taking the place of `expected`, "" if nothing does.
+
+    It needs the same names and shapes, in finite floating-point numbers; with `exact` also the same number formats. No number of `expected`
+    is looked at: it may lie on the device "meta". `called` gives the names of found tensors as their file has them, where they differ.
+    """
+    for name in sorted(expected.keys() - found.keys()):
+        return f"tensor {name} is missing; {STRANGE}"
+    for name, tensor in sorted(found.items()):
+        if problem := _misfit(expected.get(name), tensor, exact):
+            return f"tensor {(called or {}).get(name, name)} {problem}"
+    return ""
+
+
+def _misfit(expected: Tensor | None, found: Tensor, exact: bool) -> str:
+    if expected is None:
+        return f"is unexpected; {STRANGE}"
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)}, the model needs {tuple(expected.shape)}"
+    if not found.is_floating_point() or (exact and found.dtype != expected.dtype):
+        return f"holds {_format(found)}, not {_format(expected) if exact else 'floating-point numbers'}"
+    bad = int((~torch.isfinite(found.float())).sum())  # as float32, in which 8-bit numbers can be asked and large float64 ones overflow
+    return f"holds {bad} non-finite values; the file is damaged or the training diverged" if bad else ""
+
+
+def _format(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -79,11 +79,11 @@ def _subject(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _step(found: dict[str, Any]) -> list[tuple[str, str]]:
-    items, ops, seconds = found["items"], found["operations"], found["seconds"]
+    items, chunks, ops, seconds = found["items"], found["chunks"], found["operations"], found["seconds"]
     parts = ", ".join(f"{part} {ops[part] / 1e12:.4g}" for part in ("vision", "projector", "language"))
     return [
         ("items", f"{items['count']:.0f}, {items['pictures']:.0f} pictures, {items['tokens']:.0f} tokens, {items['longest']} the longest"),
-        ("chunks", f"{items['chunks']:.1f}, {items['padding']:.0%} padding"),
+        ("chunks", f"{items['chunks']:.1f} of {chunks['chunk_tokens']} tokens, {items['padding']:.0%} padding; {_graphs(chunks)}"),
         ("useful", f"{ops['useful'] / 1e12:.4g} TFLOP: every item once forward, once backward where something is trained"),
         ("done", f"{ops['done'] / 1e12:.4g} TFLOP ({parts}); {ops['once'] / 1e12:.4g} if every graph were kept"),
         ("floor", f"{seconds['floor']:.3g} s: what is useful at the device's peak"),
@@ -94,6 +94,11 @@ def _step(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("pictures on the host", f"{seconds['host']:.3g} s"),
         ("together", f"{seconds['step']:.3g} s ({seconds['step_low']:.3g} to {seconds['step_high']:.3g})"),
     ]
+
+
+def _graphs(chunks: dict[str, Any]) -> str:
+    kept = f"graphs of {chunks['keep_tokens']} tokens kept" if chunks["keep_tokens"] else "no graph kept"
+    return kept + ", activations recomputed" * chunks["activation_checkpointing"]
 
 
 def _memory(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ gradient of the encoder is the gradient of the global batch; the loss's own para
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from vlm2vec import dist
+from vlm2vec.collate import moved
 from vlm2vec.config import TrainConfig
 from vlm2vec.encoder import Encoder
-from vlm2vec.errors import CheckpointError, NonFiniteError
+from vlm2vec.errors import NonFiniteError
 from vlm2vec.losses import InfoNCE
 
 Parameters = dict[str, nn.Parameter]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
 
 
 def trainable(encoder: Encoder, loss: nn.Module) -> Parameters:
@@ -72,7 +75,7 @@ class Engine:
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Unit rows (C, D) of a collated chunk."""
-        return self.encoder.embed({name: tensor.to(self.encoder.device) for name, tensor in inputs.items()})
+        return self.encoder.embed(moved(inputs, self.encoder.device))
 
     def backward(self, rows_CD: Tensor, gradient_CD: Tensor, last: bool) -> None:
         """Add to the gradients what `gradient_CD` at these rows gives; `last` marks the final chunk of the step."""
@@ -92,13 +95,12 @@ class Engine:
         norm = torch.nn.utils.get_total_norm(grads)
         if shards:
             norm = (norm.square() + _square_over_ranks(shards)).sqrt()
-        if not torch.isfinite(norm):
-            raise NonFiniteError(f"gradient norm={norm.item()}")
-        if limit:
-            factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-            for grad in (*grads, *shards):
-                grad.mul_(factor)
-        return norm.item()
+        if limit and grads + shards:
+            torch._foreach_mul_(grads + shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+        found = norm.item()  # the one wait for the device; nothing was updated yet
+        if not math.isfinite(found):
+            raise NonFiniteError(f"gradient norm={found}")
+        return found
 
     def step(self, lr: float) -> None:
         """Update the weights and forget the gradients."""
@@ -132,15 +134,25 @@ class Engine:
                     found[f"{name}/{key}"] = tensor.detach().cpu()
         return found
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor], source: object) -> None:
-        """Continue from what `optimizer_tensors` gave, under any engine and any number of ranks. Raises CheckpointError."""
-        for name, state in by_owner(tensors, self.parameters, source).items():
-            parameter = self.parameters[name]
-            if name in dict(self._stepped()):
-                # AdamW keeps its step count on the CPU and in float32 whatever the parameter is.
-                self.optimizer.state[parameter] = {
-                    key: tensor if key == "step" else self._placed(tensor, parameter) for key, tensor in state.items()
-                }
+    def optimizer_layout(self) -> dict[str, Tensor]:
+        """What `optimizer_tensors` gives after any step, without data: names, shapes and number formats, the same under every engine.
+
+        No trained parameter is left out, because `reduce` gives each a gradient. AdamW counts steps in float32 whatever the parameter is.
+        """
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            moment = torch.empty(self._whole_shape(parameter), dtype=parameter.dtype, device="meta")
+            found |= {f"{name}/{key}": moment for key in MOMENTS}
+            found[f"{name}/step"] = torch.empty((), dtype=torch.float32, device="meta")
+        return found
+
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `optimizer_tensors` gave, under any engine and any number of ranks: the tensors of `optimizer_layout`, or
+        none, from before the first step.
+        """
+        for name, parameter in self._stepped() if tensors else ():
+            moments = {key: self._placed(tensors[f"{name}/{key}"], parameter) for key in MOMENTS}
+            self.optimizer.state[parameter] = {"step": tensors[f"{name}/step"], **moments}
 
     # -- what subclasses say -------------------------------------------------------------------------------------------------------------
 
@@ -155,6 +167,10 @@ class Engine:
         """This rank's parts of the reduced gradients that are spread over ranks; they may be scaled in place."""
         return []
 
+    def _whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape that one process would see; a DTensor says it itself."""
+        return parameter.shape
+
     def _gathered(self, tensor: Tensor) -> Tensor:
         """A tensor of the optimizer, whole."""
         return tensor
@@ -167,17 +183,6 @@ class Engine:
         for name, parameter in self.replicated.items():
             if parameter.grad is not None:
                 yield name, parameter.grad
-
-
-def by_owner(tensors: Mapping[str, Tensor], parameters: Mapping[str, Any], source: object) -> dict[str, dict[str, Tensor]]:
-    """Group `<parameter>/<moment>` by parameter. Raises CheckpointError for one that is not trained."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition("/")
-        if owner not in parameters:
-            raise CheckpointError(f"{source}: optimizer state of {owner}, which this recipe does not train; use the recipe that wrote it")
-        found.setdefault(owner, {})[key] = tensor
-    return found
 
 
 def set_rate(optimizer: Any, lr: float) -> None:

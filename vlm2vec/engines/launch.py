@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def start(recipe: Recipe) -> Recipe:
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false"}
     on_cpu = not torch.cuda.is_available() or _on("ACCELERATE_USE_CPU", os.environ)
     if not torch.distributed.is_initialized():
-        PartialState(cpu=on_cpu)
+        PartialState(cpu=on_cpu, timeout=timedelta(minutes=recipe.run.timeout))
     check_processes(os.environ, dist.world_size())
     return replace(recipe, train=replace(recipe.train, engine=engine))  # type: ignore[arg-type]  # one of the names that a recipe may give
 

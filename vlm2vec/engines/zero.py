@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from vlm2vec import dist
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import base
-from vlm2vec.engines.base import Engine, trainable
+from vlm2vec.engines.base import MOMENTS, Engine, trainable
 from vlm2vec.engines.units import check_backward, exchanged, find_units
 from vlm2vec.errors import EnvError, RecipeError
 from vlm2vec.losses import InfoNCE
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps beside its step count
 
 
 def deepspeed() -> Any:
@@ -132,19 +130,19 @@ class ZeroEngine(Engine):
                 found[f"{name}/step"] = step[0]["step"].cpu().clone()
         return found
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor], source: object) -> None:
+    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill the state of both optimizers."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        super().load_optimizer(tensors, source)
-        spread = {name: state for name, state in base.by_owner(tensors, self.parameters, source).items() if name in self.spread}
-        if spread:
-            self._make_state()
-        for name, state in spread.items():
+        super().load_optimizer(tensors)
+        if not tensors:
+            return
+        self._make_state()
+        for name, parameter in self.spread.items():
             for key in MOMENTS:
-                safe_set_full_optimizer_state(self.spread[name], state[key].to(self.encoder.device), key)
+                safe_set_full_optimizer_state(parameter, tensors[f"{name}/{key}"].to(self.encoder.device), key)
             for held in _state(self.zero):
-                held["step"].fill_(state["step"].item())
+                held["step"].fill_(tensors[f"{name}/step"].item())
 
     def _make_state(self) -> None:
         """An optimizer makes its state in its first step: take one with gradient zero and rate zero, which changes nothing."""
@@ -179,6 +177,9 @@ class ZeroEngine(Engine):
 
     def _stepped(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.replicated.items()
+
+    def _whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the parameter
 
     def _shards(self) -> list[Tensor]:
         return [part for parts in self.zero.optimizer.averaged_gradients.values() for part in parts]
