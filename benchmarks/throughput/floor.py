@@ -71,6 +71,8 @@ class Arithmetic:
     def __init__(self, ours: Ours) -> None:
         shape = shape_like(ours.encoder.backbone)
         self.recipe, self.inventory = ours.recipe, take(shape.backbone, ours.recipe)
+        assert ours.step.budget is not None, "the setting leaves nothing open"
+        self.budget = ours.step.budget
         self.looker = Looker(shape, self.inventory.patch)
 
     def entries(self, items: Sequence[Item], features: Sequence[Features]) -> list[Entry]:
@@ -80,9 +82,8 @@ class Arithmetic:
 
     def ours(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Our step over the distinct items: `useful` and `done` operations, tokens, padding."""
-        train = self.recipe.train
-        (chunks,) = Workload((tuple(entries),), 1, "").chunks(train.chunk_tokens)
-        return {"useful": self.useful(entries), **self._done(chunks, kept_chunks(chunks, train.keep_tokens), replayed=True)}
+        (chunks,) = Workload((tuple(entries),), 1, "").chunks(self.budget.chunk_tokens)
+        return {"useful": self.useful(entries), **self._done(chunks, kept_chunks(chunks, self.budget.keep_tokens), replayed=True)}
 
     def peer(self, columns: Sequence[Sequence[Entry]], cuts: Sequence[list[list[int]]]) -> dict[str, float]:
         """The peer's step on its mini-batches: the towers run in both passes."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.throughput.measure import Label, language_pass
@@ -15,7 +17,9 @@ from vlm2vec.batch import Batch, make_batch
 from vlm2vec.config import Recipe
 from vlm2vec.data.types import Item, Pair
 from vlm2vec.engines import prepare
+from vlm2vec.feature_cache import FeatureCache
 from vlm2vec.losses import InfoNCE
+from vlm2vec.precompute import precompute
 from vlm2vec.step import Step
 from vlm2vec.trainer import load_encoder
 
@@ -31,10 +35,17 @@ class Ours:
         self.engine = prepare(self.recipe.train, self.encoder, InfoNCE(self.recipe.loss).to(setting.device))
         self.step = Step(self.recipe, self.engine)
         self.said: dict[str, float] = {}  # the row of the log of the last step
+        self.cache: FeatureCache | None = None
+
+    def fill_cache(self, pairs: Sequence[Pair]) -> None:
+        """Encode the pictures of the pairs beforehand, if the recipe asks for it."""
+        self.cache = precompute(self.recipe, self.encoder, Listed(pairs), 1)
 
     def prepare(self, pairs: Sequence[Pair]) -> Batch:
         """From files to features, as a loader worker does it."""
-        return make_batch(pairs, self.encoder.processor)
+        processor = self.encoder.processor
+        items = {item.key: item for pair in pairs for item in (pair.query, pair.positive)}
+        return make_batch(pairs, processor, known={key: batches.featurize(processor, item, self.cache) for key, item in items.items()})
 
     def train(self, batch: Batch) -> None:
         """One step: encode, contrast, go back, update."""
@@ -71,6 +82,22 @@ class Ours:
             (self.engine, "backward", "backward"),
             *((self.engine, name, "optimizer") for name in ("reduce", "clip", "step")),
         ]
+
+
+class Listed:
+    """Pairs as a mixture of one source gives them: all in one global batch."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.sources = [_Rows(pairs)]
+
+    def draws(self, index: int, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
+        """(source, row) of each pair."""
+        return np.array([(0, row) for row in range(rank, len(self.sources[0]), world_size)], dtype=np.int64)
+
+
+class _Rows(list[Pair]):
+    def id(self, index: int) -> str:
+        return self[index].id
 
 
 def inner(name: str) -> str:

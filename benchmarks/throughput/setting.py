@@ -80,7 +80,7 @@ class Setting:
             lora=LORA,
             data=DataConfig(root="made", sources=(SourceConfig(name="made"),)),
             loss=LossConfig(temperature=TEMPERATURE),
-            train=TrainConfig(steps=1, global_batch=self.batch, chunk_tokens=self.chunk_tokens, lr=1e-5),
+            train=TrainConfig(steps=1, global_batch=self.batch, chunk_tokens=self.chunk_tokens, keep_tokens=0, lr=1e-5),
         )
 
 
