@@ -18,6 +18,7 @@ from vlm2vec.data.types import Item
 
 # By precision: least cosine, largest difference of an entry, largest relative difference of a gradient.
 LIMITS = {"fp32": (0.9999, 1e-5, 2e-5), "bf16": (0.99, 5e-2, 2e-1)}
+KINDS = {"seconds": "passed", "busy": "busy"}  # what is kept of each repetition
 Side = Ours | Peer
 
 
@@ -95,7 +96,7 @@ def encode(sides: Sequence[Side], workload: Workload, repeats: int) -> dict[str,
 
 def _summary(sides: Sequence[Sequence[Spent]]) -> dict[str, Any]:
     """Seconds of each side, and ratios of the second to the first where there are two."""
-    found: dict[str, Any] = {"seconds": [[each.passed for each in side] for side in sides]}
+    found: dict[str, Any] = {kind: [[getattr(each, name) for each in side] for side in sides] for kind, name in KINDS.items()}
     if len(sides) == 2:
         found["ratio"] = Ratio.of(*([each.passed for each in side] for side in sides))
         found["computed"] = Ratio.of(*([each.computed for each in side] for side in sides))

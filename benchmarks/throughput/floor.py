@@ -34,14 +34,16 @@ COPY = 2**26  # bytes that a copy moves when bandwidth is measured
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations per second of the model's own products, and bytes per second of a copy, read and written."""
+    """Operations per second of the model's own products, and bytes per second of a copy, read and written; of a CPU per second of a thread,
+    so that it does not matter what else runs.
+    """
 
     products: float
     copying: float
 
 
 def measure_rates(inventory: Inventory, setting: Setting) -> Rates:
-    """The best of some tries each: what others take from the machine only makes it worse."""
+    """The best of some tries each: others on the machine, who share its caches, only make it worse."""
     sizes = Counter((op.inputs, op.outputs) for stack in inventory.stacks for op in stack.ops if isinstance(op, Linear))
     options: dict[str, Any] = {"dtype": getattr(torch, DTYPES[setting.precision]), "device": setting.device}
     rows = setting.chunk_tokens
@@ -55,14 +57,14 @@ def measure_rates(inventory: Inventory, setting: Setting) -> Rates:
 
 
 def _best(function: Callable[[], Any]) -> float:
-    """Seconds of one call; the calls of a try overlap on a GPU."""
+    """Busy seconds of one call; the calls of a try overlap on a GPU."""
 
     def calls() -> None:
         for _ in range(CALLS):
             function()
 
     calls()
-    return min(spent(calls)[0].passed for _ in range(TRIES)) / CALLS
+    return min(spent(calls)[0].busy for _ in range(TRIES)) / CALLS
 
 
 class Arithmetic:

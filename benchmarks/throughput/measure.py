@@ -35,6 +35,11 @@ class Spent:
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.passed + other.passed, self.computed + other.computed)
 
+    @property
+    def busy(self) -> float:
+        """Seconds to hold against a floor: those of a GPU, which nobody shares, or those that threads of the CPU computed, all added up."""
+        return self.passed if torch.cuda.is_available() else self.computed
+
 
 def spent(function: Callable[[], Any]) -> tuple[Spent, Any]:
     """What `function` takes, and what it returns."""

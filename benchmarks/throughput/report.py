@@ -103,14 +103,19 @@ def counts(results: dict[str, Any]) -> str:
             ]
         )
     head = ["one step", "distinct items", "padding", "largest chunk, tokens", "useful of done", "peak memory, MiB"]
-    head += ["floor, s", "time over floor"]
+    head += [f"floor, {_unit(results)}", "time over floor"]
     return _table(head, rows)
 
 
+def _unit(results: dict[str, Any]) -> str:
+    """What the seconds of the floor are."""
+    return "s" if results["setting"]["device"] == "cuda" else "CPU s"
+
+
 def _distances(found: dict[str, Any], results: dict[str, Any]) -> list[float]:
-    """Seconds of the model over those of the floor, each side."""
+    """Busy seconds of the model over those of the floor, each side."""
     floor = found["counts"]["ours"]["useful"] / results["rates"]["products"]
-    return [median(each) / floor for each in found["training"]["model"]["seconds"]] if "training" in found else []
+    return [median(each) / floor for each in found["training"]["model"]["busy"]] if "training" in found else []
 
 
 def stages(results: dict[str, Any]) -> str:
@@ -186,5 +191,6 @@ def document(results: dict[str, Any]) -> str:
         f"{setting['chunk_tokens']} padded tokens a chunk, {results['repeats']} repetitions",
         rate=f"{results['rates']['products'] / 1e9:.1f}",
         copying=f"{results['rates']['copying'] / 1e9:.1f}",
+        per="second" if _unit(results) == "s" else "second of a thread",
         missing=", ".join(results["missing"]) or "none",
     )

@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, setting: Setting) -> Iterator[dict[str,
     results: dict[str, Any] = {
         "format": 1,
         "machine": report.machine(setting),
-        "setting": {name: value for name, value in asdict(setting).items() if name != "folder"},
+        "setting": {"device": setting.device.type, **{name: value for name, value in asdict(setting).items() if name != "folder"}},
         "repeats": repeats,
         "rates": asdict(measure_rates(Arithmetic(ours).inventory, setting)),
         "workloads": [],
