@@ -9,7 +9,7 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 .DEFAULT_GOAL := help
 # one process, or PROCESSES of them with a GPU each
 EVAL = $(if $(PROCESSES),$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no --module vlm2vec,$(BIN)/vlm2vec)
-.PHONY: help install demo demo-short eval-mmeb test test-slow test-faults lint clean
+.PHONY: help install demo demo-short eval-mmeb bench test test-slow test-faults lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,13 @@ demo: install ## train, evaluate and report on the embedded benchmark (minutes, 
 eval-mmeb: install ## score MODEL=... on the 36 sets of MMEB (ROOT=folder of the data, SUITE=other suite, PROCESSES=8, ARGS="--limit 100")
 	@test -n "$(MODEL)" || { echo 'say which model: make eval-mmeb MODEL=TIGER-Lab/VLM2Vec-Qwen2VL-2B, or MODEL=runs/phi35_lora/model' >&2; exit 2; }
 	$(EVAL) eval $(MODEL) --suite $(or $(SUITE),mmeb) $(if $(ROOT),--root $(ROOT)) $(ARGS)
+
+bench: $(VENV)/.bench ## speed and memory beside sentence-transformers, in one run (ARGS="--quick": 2 minutes; see benchmarks/throughput)
+	$(BIN)/python -m benchmarks.throughput.run $(ARGS)
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	touch $@
 
 test: install ## run the test suite (no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not faults and not gpu"

@@ -28,7 +28,7 @@ class Hashing:
     def __init__(self, name: str = "hashing") -> None:
         self.name, self.encoded = name, 0
         self.backbone = SimpleNamespace(hidden_size=DIMS)
-        self.processor = SimpleNamespace(options=SimpleNamespace(prompt="raw", keep_stray=False), features=features)
+        self.processor = SimpleNamespace(options=SimpleNamespace(prompt="raw", decode="exact", keep_stray=False), features=features)
         self.query_instruction = self.target_instruction = ""
 
     def fingerprint(self) -> str:

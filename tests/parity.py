@@ -117,6 +117,7 @@ SITUATIONS = {
         lambda: [[[*mixed(0, 4), *words(4, 3)], words(7, 6)]], parts="[projector]", train={"chunk_tokens": 30, "keep_tokens": 60}
     ),
     "vision alone trained": Situation(text_beside_pictures, lora="null", parts="[vision]"),
+    "packed": Situation(text_beside_pictures, model={"attention": "packed"}, train={"activation_checkpointing": True}),
     "smolvlm": Situation(text_beside_pictures, "smolvlm", **FULL),
     "vista": Situation(text_beside_pictures, "vlm2vec_vista", **FULL),
     "mllama": Situation(text_beside_pictures, "mllama", **FULL),
@@ -154,7 +155,7 @@ def whole_loss(recipe: Recipe, step: Step, micro: int, by_rank: Pairs) -> Tensor
     indices: list[list[Tensor]] = [[], [], []]
     for rank, pairs in enumerate(by_rank):
         batch = make_batch(pairs, step.encoder.processor)
-        chunks = plan_chunks([len(features) for features in batch.features], recipe.train.chunk_tokens)
+        chunks = plan_chunks([len(features) for features in batch.features], recipe.train.chunk_tokens, step.encoder.processor.packed)
         order = torch.tensor([row for chunk in chunks for row in chunk])
         for index, chunk in enumerate(chunks):
             with seeded(step_seed(recipe.run.seed, 0, micro, rank, index)):

@@ -129,7 +129,7 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], ob
 
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "format": (lambda folder: edit_json(folder, format=2), "state.json: format is 2, this version reads 1; if it is newer, upgrade"),
+    "format": (lambda folder: edit_json(folder, format=2), "state.json: written in format 2; this version reads format 1, upgrade"),
     "key": (lambda folder: edit_json(folder, epoch=1), "state.json: key 'epoch' is unexpected"),
     "step": (lambda folder: edit_json(folder, step=True), "state.json: step is True, not an integer"),
     "other step": (lambda folder: edit_json(folder, step=3), "state.json: step is 3 but the folder is called step-000006"),
@@ -172,6 +172,13 @@ def test_a_renamed_folder_is_told_its_name(copied: Path, engine: Engine) -> None
     assert newest == copied / "step-000600"
     with pytest.raises(CheckpointError, match="step is 6 but the folder is called step-000600; if you renamed it, rename it back"):
         checkpoint.restore(newest, engine)
+
+
+def test_a_step_below_zero_is_none_even_if_the_folder_agrees(copied: Path, engine: Engine) -> None:
+    folder = (copied / "step-000006").rename(copied / "step--00006")
+    edit_json(folder, step=-6)
+    with pytest.raises(CheckpointError, match="state.json: step is -6"):
+        checkpoint.restore(folder, engine)
 
 
 def test_other_folders_are_no_checkpoints(copied: Path) -> None:

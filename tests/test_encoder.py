@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm2vec import Encoder
+from vlm2vec import Encoder, batch
 from vlm2vec.backbones import registry
 from vlm2vec.config import LoraConfig, ModelConfig
-from vlm2vec.errors import InputError, ModelError
+from vlm2vec.data.types import ImageRef, Item
+from vlm2vec.encoder import _blocks
+from vlm2vec.errors import ImageError, InputError, ModelError
 
 FAMILIES = sorted(registry())
 
@@ -53,6 +56,14 @@ def test_an_item_alone_equals_the_item_in_any_batch(family: str, side: str) -> N
 def test_both_padding_sides_give_the_same_embeddings() -> None:
     left, right = (Encoder.from_pretrained("builtin/tiny-qwen2_vl", padding_side=side).encode(items()) for side in ("left", "right"))
     torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
+
+
+def test_packed_chunks_give_the_same_embeddings_under_another_fingerprint() -> None:
+    padded, packed = (Encoder.from_pretrained("builtin/tiny-qwen2_vl", attention=attention) for attention in ("sdpa", "packed"))
+    expected = padded.encode(items())
+    torch.testing.assert_close(packed.encode(items(), chunk_tokens=10**6), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed.encode(items(), chunk_tokens=300), expected, atol=1e-6, rtol=0)
+    assert packed.fingerprint() != padded.fingerprint()
 
 
 def test_order_and_repeats_are_kept_and_workers_change_nothing() -> None:
@@ -172,6 +183,18 @@ def test_a_folder_of_a_newer_format_or_an_adapter_without_its_part_is_refused(tm
         Encoder.from_pretrained(tmp_path)
 
 
+def test_how_pictures_are_decoded_is_saved_and_old_folders_know_only_one_way(tmp_path: Path) -> None:
+    exact = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu")
+    draft = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu", decode="draft")
+    assert exact.options.decode == "exact" and exact.fingerprint() != draft.fingerprint()
+    draft.save_pretrained(tmp_path)
+    assert Encoder.from_pretrained(tmp_path).fingerprint() == draft.fingerprint()
+    settings = json.loads((tmp_path / "vlm2vec.json").read_text())
+    assert settings["model"].pop("decode") == "draft"
+    (tmp_path / "vlm2vec.json").write_text(json.dumps(settings))
+    assert Encoder.from_pretrained(tmp_path).fingerprint() == exact.fingerprint()
+
+
 def test_workers_hold_no_file_open_for_an_item() -> None:
     """A window of 300 items, each two tensors or more, in a process that may have 128 files open."""
     code = (
@@ -180,6 +203,29 @@ def test_workers_hold_no_file_open_for_an_item() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
     assert done.stdout.strip() == "torch.Size([300, 32])", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_workers_the_main_process_decodes_nothing(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, here = batch.load_image, []
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: here.append(1) or original(image, **options))
+    Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu").encode([picture(9)], workers=workers)
+    assert len(here) == (0 if workers else 1)
+
+
+def test_workers_take_blocks_that_end_with_their_window() -> None:
+    assert list(_blocks([3, 40, 0, 16])) == [range(3), range(3, 19), range(19, 35), range(35, 43), range(43, 59)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_picture_is_named_in_one_line_and_windows_before_it_are_whole(workers: int) -> None:
+    """As evaluation needs it, which keeps every window that it was given."""
+    encoder = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu")
+    items = [Item(f"{number}") for number in range(20)] + [Item(images=(ImageRef(b"", "row 20"),))]
+    windows = encoder.stream(items, [18, 3], workers=workers)
+    assert next(windows).shape == (18, 32)
+    with pytest.raises(ImageError, match=r"^row 20: not an image \(the file is empty\)$"):
+        next(windows)
 
 
 def test_encoding_is_done_in_evaluation_mode_which_ends_with_it() -> None:

@@ -84,7 +84,9 @@ def with_precision(recipe: Recipe, precision: Any) -> Any:
     return replace(recipe.train, precision=precision)
 
 
-@pytest.mark.parametrize("kind", ["sdpa/float32/fp32", "sdpa/float32/bf16", "sdpa/bfloat16/bf16", "eager/bfloat16/bf16"])
+@pytest.mark.parametrize(
+    "kind", ["sdpa/float32/fp32", "sdpa/float32/bf16", "sdpa/bfloat16/bf16", "eager/bfloat16/bf16", "packed/float32/fp32"]
+)
 @pytest.mark.parametrize(
     ("lora", "parts"),
     [
@@ -105,7 +107,8 @@ def test_activations_are_what_autograd_holds(tmp_path: Path, lora: str, parts: s
     set_training_mode(encoder.model)
     rows = [encoder.processor.features("a" * count, []) for count in (60, 64, 50)]
     numbers = Numbers(4 if dtype == "float32" else 2, 4 if precision == "fp32" else 2, attention, mask=4)
-    expected = activations(language, 3 * 64, 64, numbers, behind=False)
+    tokens = sum(map(len, rows)) if attention == "packed" else 3 * 64
+    expected = activations(language, tokens, 64, numbers, behind=False)
     assert expected == pytest.approx(held_bytes(encoder, encoder.processor.collate(rows)), rel=0.1)
 
 

@@ -124,7 +124,7 @@ def test_a_cached_picture_is_not_decoded(tmp_path: Path, files: list[ImageRef], 
     cache = FeatureCache(tmp_path, encoder.towers_fingerprint())
     cache.put({content_key(files[1]): encoder.picture_features(plain.images[0])})
     cache.keep([content_key(files[1])])
-    monkeypatch.setattr("vlm2vec.batch.load_image", lambda ref: pytest.fail("decoded"))
+    monkeypatch.setattr("vlm2vec.batch.load_image", lambda ref, **options: pytest.fail("decoded"))
     cached = featurize(encoder.processor, item, cache)
     assert torch.equal(cached.input_ids, plain.input_ids) and cached.images[0].keys() == {"vectors", "image_grid_thw"}
 

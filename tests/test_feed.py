@@ -106,10 +106,10 @@ def test_a_dead_worker_names_its_sample(damaged: Path, tmp_path: Path, monkeypat
     """As when the system kills it for its memory, or a decoder crashes; the handler of SIGCHLD is as it was."""
     original, victim = batch.load_image, "yellow square_1.png"
 
-    def deadly(image: ImageRef) -> Image.Image:
+    def deadly(image: ImageRef, **options: Any) -> Image.Image:
         if victim in image.label:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(image)
+        return original(image, **options)
 
     monkeypatch.setattr(batch, "load_image", deadly)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds between looks at late workers; usually 5
@@ -120,17 +120,17 @@ def test_a_dead_worker_names_its_sample(damaged: Path, tmp_path: Path, monkeypat
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
-def test_workers_outlive_the_first_signal_to_the_whole_group(forked: Callable[..., int]) -> None:
-    def child() -> None:
-        feed._patient(0)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    assert forked(child) == -signal.SIGTERM
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_workers_the_main_process_decodes_nothing(
+    workers: int, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, here = batch.load_image, []
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: here.append(1) or original(image, **options))
+    read(skipping(damaged, tmp_path / "run", workers=workers))
+    assert bool(here) == (workers == 0)
 
 
 def test_other_errors_of_a_worker_stay_what_they_are(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "load_image", lambda image: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         read(skipping(damaged, tmp_path / "run", workers=1))

@@ -175,6 +175,13 @@ def test_useful_work_has_no_padding_no_second_pass_and_half_the_scores() -> None
     assert (kept, cached) == (3 * 1024 + 1024, 2 * 3 * 1024 + 1024)
 
 
+def test_packed_chunks_have_no_padding_and_half_the_scores() -> None:
+    ops = (Linear(8, 8, 1), Attention(8, causal=True, masked=False, backward=2.0), Linear(8, 8, 2, trained=True))
+    stack, chunk = Stack("language", ops), replace(TEXT, packed=True)
+    assert chunk.padded == 6
+    assert step_cost([stack], [chunk], 0, kept=1) == useful_cost([stack], [TEXT], 0)
+
+
 def test_replayed_towers_run_once_and_checkpointing_runs_layers_again() -> None:
     chunk = Chunk((4, 2), {(2, 2): 1}, pictures=1)
     vision = Stack("vision", layer())

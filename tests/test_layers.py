@@ -21,7 +21,7 @@ LAYERS = tuple(
     for names in (
         "errors io dist log signals",
         "strict_yaml schema config memory prompts pooling quantize ranking metrics paired losses gradcache replay flops footprint devices",
-        "data collate backbones batch feed shards cache feature_cache vectors suite composition",
+        "data collate transport backbones batch feed shards cache feature_cache vectors suite composition",
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "
         "formats report pipeline",

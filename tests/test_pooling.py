@@ -34,6 +34,18 @@ def test_pooling_ignores_padding(rows: list[torch.Tensor], side: str, width: int
     torch.testing.assert_close(pool(hidden, mask, "mean"), torch.stack([row.mean(0) for row in rows]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_items_of_a_packed_row_are_pooled_apart(rows: list[torch.Tensor], dtype: torch.dtype) -> None:
+    hidden, mask = torch.cat(rows)[None].to(dtype).requires_grad_(), padded(rows, "right", 6)[1]
+    wide = torch.promote_types(dtype, torch.float32)
+    apart = [row.to(dtype).to(wide) for row in rows]
+    torch.testing.assert_close(pool(hidden, mask, "last"), torch.stack([row[-1] for row in apart]), rtol=0, atol=0)
+    torch.testing.assert_close(pool(hidden, mask, "mean"), torch.stack([row.mean(0) for row in apart]))
+    for how, share in (("last", [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]), ("mean", [1, *[1 / 4] * 4, *[1 / 6] * 6])):
+        (gradient,) = torch.autograd.grad(pool(hidden, mask, how).sum(), hidden)
+        torch.testing.assert_close(gradient[0, :, 0], torch.tensor(share, dtype=dtype))
+
+
 def test_last_is_the_last_real_token_even_around_a_hole(rows: list[torch.Tensor]) -> None:
     hidden = torch.arange(10.0).view(1, 5, 2)
     assert pool(hidden, torch.tensor([[1, 0, 1, 0, 0]]), "last").tolist() == [[4.0, 5.0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,11 @@ from PIL import Image
 from tests.faults.common import FAULT, changed, exit_code, forked_run, killed_at_save, light_recipe
 from tests.ranks import fork_ranks
 from tests.runs import final_bytes, start_run
+from tests.sights import SIGHTS
 from vlm2vec import precompute as module
-from vlm2vec.config import Recipe
+from vlm2vec.backbones import load_backbone
+from vlm2vec.batch import featurize
+from vlm2vec.config import ModelConfig, Recipe
 from vlm2vec.data.bad import FILE
 from vlm2vec.data.images import content_key
 from vlm2vec.data.types import ImageRef, Item, Pair
@@ -225,8 +230,7 @@ def test_with_all_pictures_cached_nothing_is_decoded_and_no_tower_runs(
     def must_not_run(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("ran")
 
-    for name in ("vlm2vec.batch.load_image", "vlm2vec.precompute.load_image"):
-        monkeypatch.setattr(name, must_not_run)
+    monkeypatch.setattr("vlm2vec.batch.load_image", must_not_run)
 
     def without_towers(recipe: Recipe, resumed: Path | None) -> Any:
         encoder = load_encoder(recipe, resumed)
@@ -237,6 +241,20 @@ def test_with_all_pictures_cached_nothing_is_decoded_and_no_tower_runs(
     monkeypatch.setattr("vlm2vec.trainer.load_encoder", without_towers)
     start_run(recipe_for(root, tmp_path, feature_folder=str(runs["all"] / "features"), workers=workers))
     assert final_bytes(tmp_path) == final_bytes(runs["all"])
+
+
+def test_the_pass_decodes_as_the_run_does() -> None:
+    """Smaller, under `model.decode: draft`; its folder is then another one (`Processor.fingerprint`)."""
+    picture = io.BytesIO()
+    SIGHTS["photo"](1024, 768).save(picture, "JPEG")
+    item = Item(images=(ImageRef(picture.getvalue()),))
+    mixture: Any = SimpleNamespace(sources=[[Pair("s:0", "s", item, Item("a"))]])
+    made = {}
+    for decode in ("exact", "draft"):
+        processor = load_backbone(ModelConfig(path="builtin/tiny-qwen2_vl", decode=decode)).processor  # type: ignore[arg-type]
+        made[decode] = module._Inputs([module.Seen("key", 0, 0, 0)], mixture, True, processor)[0]["pixel_values"]
+        assert torch.equal(made[decode], featurize(processor, item).images[0]["pixel_values"])
+    assert not torch.equal(made["exact"], made["draft"])
 
 
 def killed_in_the_pass(recipe: Recipe) -> None:

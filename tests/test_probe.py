@@ -102,6 +102,7 @@ def test_the_longest_items_must_fit_too() -> None:
 def test_the_typical_chunk_holds_the_middle_token() -> None:
     rows, batch = typical([10, 100, 10, 100, 10], 100)
     assert rows in ([1], [3]) and batch == 230
+    assert typical([10, 100, 10, 100, 10], 100, packed=True) == ([3], 230)
 
 
 # -- on a model

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import signal
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.runs import LORA, final_bytes, start_run, tiny_recipe
 from vlm2vec import checkpoint, io
 from vlm2vec.backbones import registry
 from vlm2vec.batch import Batch, make_batch
+from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe, TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import prepare, trainable
@@ -96,6 +99,30 @@ def test_chunks_do_not_change_the_gradient_without_dropout(tmp_path: Path) -> No
     whole = gradients(changed(recipe, "train", chunk_tokens=10**6, keep_tokens=10**6), double=False)
     errors = relative_errors(gradients(changed(recipe, "train", chunk_tokens=60), double=False), whole)
     assert max(errors.values()) <= 2e-5, errors
+
+
+@pytest.mark.parametrize("chunk_tokens", [60, 10**6])
+def test_packed_chunks_change_no_gradient(chunk_tokens: int, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, lora=LORA.replace("0.1", "0.0"))
+    padded = gradients(changed(recipe, "train", keep_tokens=10**6))
+    errors = relative_errors(gradients(changed(changed(recipe, "model", attention="packed"), "train", chunk_tokens=chunk_tokens)), padded)
+    assert max(errors.values()) <= 1e-9, errors
+
+
+def test_packed_chunks_hold_no_padding(tmp_path: Path) -> None:
+    """Chunks are filled by the tokens of their items, and so is what keeps its graph."""
+    recipe = changed(changed(tiny_recipe(tmp_path), "model", attention="packed"), "train", chunk_tokens=60, keep_tokens=120)
+    encoder = load_encoder(recipe, None)
+    calls: list[tuple[int, ...]] = []
+    encoder.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    batch = make_batch(mixture_of(recipe).pairs(0), encoder.processor)
+    found = Step(recipe, prepare(recipe.train, encoder, InfoNCE(recipe.loss)))._backward(0, 0, batch)
+    assert found["padding_share"] == 0
+    chunks = plan_chunks([len(features) for features in batch.features], 60, packed=True)
+    tokens = [sum(len(batch.features[row]) for row in chunk) for chunk in chunks]
+    kept = bisect_right(list(accumulate(tokens)), 120)
+    assert 0 < kept < len(chunks)
+    assert calls == [(1, count) for count in [*tokens, *tokens[kept:]]]
 
 
 @pytest.mark.parametrize("chunk_tokens", [60, 10**6])

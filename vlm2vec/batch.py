@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -23,7 +24,7 @@ from vlm2vec.backbones.base import Processor
 from vlm2vec.collate import Features
 from vlm2vec.data.bad import BadPair, too_many
 from vlm2vec.data.images import load_image
-from vlm2vec.data.types import Item, Pair
+from vlm2vec.data.types import ImageRef, Item, Pair
 from vlm2vec.errors import ImageError, Vlm2VecError
 from vlm2vec.feature_cache import FeatureCache
 
@@ -48,8 +49,13 @@ def featurize(processor: Processor, item: Item, cache: FeatureCache | None = Non
     """
     options = processor.options
     shown = replace(item, instruction="") if options.prompt == "chat" else item
-    images = [(cache.known(image) if cache else None) or load_image(image) for image in item.images]
+    images = [(cache.known(image) if cache else None) or decoded(processor, image) for image in item.images]
     return processor.features(prompts.render(shown, options.keep_stray), images, item.instruction)
+
+
+def decoded(processor: Processor, image: ImageRef) -> Image.Image:
+    """The pixels of a picture for this processor, as `model.decode` says."""
+    return load_image(image, needed=processor.needed_size if processor.options.decode == "draft" else None)
 
 
 def make_batch(

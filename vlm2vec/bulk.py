@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from vlm2vec import dist, io, log
 from vlm2vec.batch import featurize
@@ -34,6 +33,7 @@ from vlm2vec.data.items import Corpus, Row, item_of, scan
 from vlm2vec.engines.together import ending_together
 from vlm2vec.errors import DataError, InputError, NonFiniteError
 from vlm2vec.signals import StopSignal
+from vlm2vec.transport import read_ahead
 from vlm2vec.vectors import FORMAT, KIND, LISTING, Layout, Shard, VectorFolder, shards_of
 
 SHARD_ITEMS = 4096
@@ -49,7 +49,7 @@ class Outcome:
 
     row: Row  # without its values
     id: str | int
-    features: Features | None  # as arrays
+    features: Features | None
     reason: str = ""
 
 
@@ -201,8 +201,7 @@ class _Job:
         """What becomes of the rows of the shards, in order; `workers` processes decode and tokenize ahead, across shards."""
         rows = self.corpus.read([range(shard.first, shard.first + shard.items) for shard in todo])
         featurizer = _Featurizer(self.encoder.processor, Path(self.corpus.images), self.instruction)
-        loader = DataLoader(featurizer, sampler=_blocks(rows), batch_size=None, num_workers=self.workers, collate_fn=_as_is)
-        blocks = iter(loader)  # starts the processes here, not in a thread
+        blocks = read_ahead(featurizer, _blocks(rows), self.workers)  # starts the processes here, not in a thread
         return (outcome for block in blocks for outcome in block)
 
     def skip(self, outcome: Outcome) -> dict[str, Any]:
@@ -215,9 +214,7 @@ class _Job:
         if not kept:
             return np.empty((0, self.encoder.backbone.hidden_size), np.float32)
         try:
-            rows = self.encoder.embed_features(
-                [outcome.features.as_tensors() for outcome in kept if outcome.features is not None], self.chunk_tokens
-            )
+            rows = self.encoder.embed_features([outcome.features for outcome in kept if outcome.features is not None], self.chunk_tokens)
         except NonFiniteError as error:
             raise NonFiniteError(f"between {kept[0].row.place} and {kept[-1].row.place}: {error}") from None
         return np.asarray(rows, dtype=np.float32)
@@ -235,8 +232,7 @@ class _Featurizer(torch.utils.data.Dataset):
     def outcome(self, row: Row) -> Outcome:
         light = replace(row, values={})
         try:
-            features = featurize(self.processor, item_of(row, self.images, self.instruction))
-            return Outcome(light, row.id, features.as_arrays())
+            return Outcome(light, row.id, featurize(self.processor, item_of(row, self.images, self.instruction)))
         except DataError as error:
             return Outcome(light, row.id, None, str(error))
 
@@ -244,10 +240,6 @@ class _Featurizer(torch.utils.data.Dataset):
 def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     while block := list(islice(rows, BLOCK)):
         yield block
-
-
-def _as_is(block: Any) -> Any:
-    return block
 
 
 def windows_of(shards: Iterable[Shard], outcomes: Iterator[Outcome]) -> Iterator[tuple[Shard, list[Outcome]]]:

@@ -133,7 +133,7 @@ def _read_step(directory: Path) -> int:
         raise CheckpointError(f"{file}: holds a {type(state).__name__}, not an object with {', '.join(KEYS)}")
     written = state.get("format", FORMAT)
     if type(written) is not int or written != FORMAT:  # True and 1.0 equal 1 too
-        raise CheckpointError(f"{file}: format is {_show(written)}, this version reads {FORMAT}; if it is newer, upgrade vlm2vec")
+        raise CheckpointError(f"{file}: written in format {_show(written)}; this version reads format {FORMAT}, upgrade vlm2vec")
     for key in sorted(KEYS.keys() ^ state.keys()):
         raise CheckpointError(f"{file}: key {shorten(key)} is {'missing' if key in KEYS else 'unexpected'}; it needs {', '.join(KEYS)}")
     for key, kind in KEYS.items():

@@ -1,13 +1,12 @@
-"""From the features of single items to padded chunks; padding happens here and only here.
+"""From the features of single items to chunks, padded or packed into one row; padding happens here and only here.
 
-Shape letters: C items in a chunk, L tokens.
+Shape letters: C items in a chunk, L tokens, T tokens of all items of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,32 +27,30 @@ class Features:
     def nbytes(self) -> int:
         return self.input_ids.nbytes + sum(tensor.nbytes for image in self.images for tensor in image.values())
 
-    def as_arrays(self) -> Features:
-        """The same in numpy arrays, to send to another process: each tensor would hold a file descriptor there until it is used."""
-        return self._each(torch.Tensor.numpy)
 
-    def as_tensors(self) -> Features:
-        """What `as_arrays` was made of; tensors stay as they are."""
-        return self._each(torch.as_tensor)
-
-    def _each(self, change: Callable[[Any], Any]) -> Features:
-        images = [{name: change(value) for name, value in image.items()} for image in self.images]
-        return Features(change(self.input_ids), images, self.truncated)
+def tokens_laid_out(lengths: Sequence[int], packed: bool = False) -> int:
+    """Tokens that a chunk of items of these `lengths` takes: with padding (longest x count), or their own where it is packed."""
+    return sum(lengths) if packed else max(lengths) * len(lengths)
 
 
-def plan_chunks(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group item indices so that each group costs at most `budget` padded tokens (longest x count).
+def plan_chunks(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
+    """Group item indices so that each group takes at most `budget` tokens, as `tokens_laid_out` counts them.
 
-    Longest first, so that the first chunk shows whether memory suffices; sorted by length, so that little is padded. An item longer than
-    the budget gets a chunk of its own. Ties keep the input order: the plan is a pure function of its arguments.
+    Longest first, so that the first chunk shows whether memory suffices; sorted by length, so that little is padded, and that items of one
+    length are neighbours. An item longer than the budget gets a chunk of its own. Ties keep the input order: the plan is a pure function of
+    its arguments.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     chunks: list[list[int]] = []
+    room = 0
     for index in order:
-        if chunks and (len(chunks[-1]) + 1) * lengths[chunks[-1][0]] <= budget:
+        added = lengths[chunks[-1][0]] if chunks and not packed else lengths[index]
+        if chunks and added <= room:
             chunks[-1].append(index)
         else:
             chunks.append([index])
+            room, added = budget, lengths[index]
+        room -= added
     return chunks
 
 
@@ -74,3 +71,12 @@ def pad_tokens(rows: Sequence[Tensor], pad_id: int, side: str) -> tuple[Tensor, 
         input_ids[index, columns] = row
         attention_mask[index, columns] = 1
     return input_ids, attention_mask
+
+
+def join_tokens(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Put token rows (L_i,) one behind the other into `input_ids` (1, T); `attention_mask` (C, L) tells their lengths, as if padded.
+
+    Both shapes and their number can be read off it on a device without waiting for the device.
+    """
+    length_C = torch.tensor([len(row) for row in rows])
+    return torch.cat(list(rows))[None], (torch.arange(int(length_C.max())) < length_C[:, None]).long()

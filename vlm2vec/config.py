@@ -206,7 +206,8 @@ def _shrink_model(model: ModelConfig) -> ModelConfig:
         path=f"builtin/tiny-{model.family}",
         revision=None,
         trust_remote_code=False,
-        attention="sdpa" if model.attention == "flash_attention_2" else model.attention,  # the one kernel that a CPU has not
+        attention="sdpa" if model.attention == "flash_attention_2" else model.attention,  # a CPU has neither this kernel
+        kernels=None,  # nor those
         max_tokens=min(model.max_tokens, 64),
         min_pixels=model.min_pixels and min(model.min_pixels, 56 * 56),
         max_pixels=model.max_pixels and min(model.max_pixels, 112 * 112),
@@ -217,12 +218,13 @@ def _shrink_model(model: ModelConfig) -> ModelConfig:
 def _shrink_data(data: DataConfig) -> DataConfig:
     sources = tuple(replace(source, path=None, split="original", cap=source.cap and min(source.cap, 16)) for source in data.sources)
     block = next(size for size in (4, 2, 1, 0) if size <= data.block)  # a divisor of the tiny global batch
-    return DataConfig(root="builtin/tiny", sources=sources, block=block, workers=0)
+    return DataConfig(root="builtin/tiny", sources=sources, block=block, workers=0, feature_cache=data.feature_cache)
 
 
 def _shrink_train(train: TrainConfig) -> TrainConfig:
     small = replace(train, steps=6, epochs=None, warmup=min(train.warmup, 1), global_batch=8, accumulate=min(train.accumulate, 2))
-    return replace(small, chunk_tokens=train.chunk_tokens and 256, keep_tokens=train.keep_tokens and min(train.keep_tokens, 256))
+    small = replace(small, chunk_tokens=train.chunk_tokens and 256, keep_tokens=train.keep_tokens and min(train.keep_tokens, 256))
+    return replace(small, compile=False)  # compiling takes minutes
 
 
 def _shrink_evaluate(evaluate: EvaluateConfig) -> EvaluateConfig:

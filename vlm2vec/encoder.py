@@ -6,7 +6,7 @@ Shape letters: N items, C items in a chunk, L tokens, D embedding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vlm2vec import log, prompts
 from vlm2vec.backbones import load_backbone, published, resolve
@@ -29,15 +28,17 @@ from vlm2vec.collate import Features, moved, plan_chunks
 from vlm2vec.config import LoraConfig, ModelConfig, check_model
 from vlm2vec.data import images
 from vlm2vec.data.types import ImageRef, Item
-from vlm2vec.errors import AdapterError, InputError, ModelError, RecipeError
+from vlm2vec.errors import AdapterError, InputError, ModelError, RecipeError, Vlm2VecError
 from vlm2vec.io import digest, read_json, write_json
 from vlm2vec.lora import ADAPTER_CONFIG, add_lora, changes_nothing, load_adapter, save_adapter
 from vlm2vec.pooling import check_rows, normalize, pool
+from vlm2vec.transport import read_ahead
 
 SETTINGS = "vlm2vec.json"
 TRAINED_PARTS = "trained_parts.safetensors"
 SAVED_OPTIONS = ("pooling", "padding_side", *FEATURE_OPTIONS)
 WINDOW = 1024  # items whose features `encode` holds at once
+BLOCK = 16  # items that a worker takes at a time
 
 logger = log.get_logger(__name__)
 
@@ -81,20 +82,24 @@ def _image_ref(image: Any) -> ImageRef:
 
 
 class _Featurizer(torch.utils.data.Dataset):
-    """Map-style view of items as features, for a DataLoader."""
+    """A block of items as features. An error is returned rather than raised: torch would wrap it in the traceback of a worker."""
 
     def __init__(self, processor: Processor, items: Sequence[Item]) -> None:
         self.processor, self.items = processor, items
 
-    def __len__(self) -> int:
-        return len(self.items)
+    def __getitem__(self, block: range) -> list[Features] | Vlm2VecError:
+        try:
+            return [featurize(self.processor, self.items[index]) for index in block]
+        except Vlm2VecError as error:
+            return error
 
-    def __getitem__(self, index: int) -> Features:
-        return featurize(self.processor, self.items[index]).as_arrays()
 
-
-def _as_is(features: Any) -> Any:
-    return features
+def _blocks(sizes: Iterable[int]) -> Iterator[range]:
+    """Consecutive indices in blocks of at most BLOCK, none of which reaches beyond its window; `sizes` are those of the windows."""
+    end = 0
+    for size in sizes:
+        start, end = end, end + size
+        yield from (range(first, min(first + BLOCK, end)) for first in range(start, end, BLOCK))
 
 
 class Encoder:
@@ -316,10 +321,15 @@ class Encoder:
 
         What a window gives depends on its own items and `chunk_tokens` only. `workers` processes decode and tokenize ahead, across windows.
         """
-        loader = DataLoader(_Featurizer(self.processor, items), batch_size=None, num_workers=workers, collate_fn=_as_is)
-        features = (found.as_tensors() for found in loader)
+        blocks = read_ahead(_Featurizer(self.processor, items), _blocks(sizes), workers)
         for size in sizes:
-            yield self.embed_features([next(features) for _ in range(size)], chunk_tokens)
+            window: list[Features] = []
+            while len(window) < size:
+                found = next(blocks)
+                if isinstance(found, Vlm2VecError):
+                    raise found
+                window += found
+            yield self.embed_features(window, chunk_tokens)
 
     def encode_query(self, items: Sequence[ItemLike], **options: Any) -> Tensor:
         """`encode` with the query instruction that the model was saved with, where an item brings none."""
@@ -342,7 +352,7 @@ class Encoder:
         """
         rows_ND = torch.empty((len(window), self.backbone.hidden_size), device=self.device)
         with self.evaluating():
-            for chunk in plan_chunks([len(features) for features in window], chunk_tokens):
+            for chunk in plan_chunks([len(features) for features in window], chunk_tokens, self.processor.packed):
                 inputs = self.processor.collate([window[index] for index in chunk])
                 rows_ND[torch.tensor(chunk, device=self.device)] = self.embed(moved(inputs, self.device))
         rows_ND = rows_ND.cpu()  # the first time that a GPU is waited for

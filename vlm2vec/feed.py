@@ -14,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from vlm2vec import dist, errors
 from vlm2vec.backbones.base import Processor
 from vlm2vec.batch import Batch, BatchDataset, Whereabouts, items_of
@@ -24,7 +22,7 @@ from vlm2vec.data.bad import BadPair, BadPairs
 from vlm2vec.data.mixture import Mixture
 from vlm2vec.errors import EnvError, ImageError, Vlm2VecError
 from vlm2vec.feature_cache import FeatureCache
-from vlm2vec.signals import HANDLED
+from vlm2vec.transport import read_ahead
 
 _GRACE = 2.0  # seconds from the end of a worker's connections to its own
 
@@ -78,11 +76,10 @@ def _in_order(dataset: BatchDataset, indices: range, workers: int) -> Iterator[B
     Torch would raise from a handler of SIGCHLD, wherever the main process is just then; without the handler it looks whenever a batch is
     late.
     """
-    loader = DataLoader(dataset, sampler=indices, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=_patient)
     before = signal.getsignal(signal.SIGCHLD)
     if getattr(before, "__module__", "").startswith("torch."):  # left behind by an earlier loader of this process
         before = signal.SIG_DFL
-    batches = iter(loader)
+    batches = read_ahead(dataset, indices, workers)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     for _ in indices:
@@ -91,16 +88,6 @@ def _in_order(dataset: BatchDataset, indices: range, workers: int) -> Iterator[B
         except (RuntimeError, OSError, EOFError) as error:  # the last two: what a dead worker still owed cannot be fetched from it
             raise _explained(error, dataset) from error
         yield batch
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _patient(worker: int) -> None:
-    """Let the first signal pass: terminals and schedulers send it to all processes, and the run needs its workers to stop in order."""
-    for number in HANDLED:
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _explained(error: Exception, dataset: BatchDataset) -> Exception:

@@ -6,7 +6,8 @@ from who is trained: a weight that is frozen gets no gradient, and nothing in fr
 Two counts are made. `useful` is the floor: each distinct item once forward and once backward through what is trained, once forward through
 what is frozen, causal attention over the lower triangle alone, no padding. `done` is what this library runs: padded chunks, the second pass
 of GradCache (Gao et al. 2021, arXiv 2101.06983) over chunks that do not keep their graph, frozen towers once because their outputs are
-replayed, recomputed activations, whole score matrices under a mask, and what an implementation of DoRA computes twice.
+replayed, recomputed activations, whole score matrices under a mask, and what an implementation of DoRA computes twice. Packed chunks have
+no padding and no mask: there causal attention is its lower triangle in both counts.
 
 Shape letters: C items in a chunk, L tokens; a grid (height, width) counts the patches that attend to each other.
 """
@@ -53,13 +54,14 @@ class Attention:
     """Scores and their product with the values, `heads` together `width` wide; each patch sees `window` x `window`, 0: all.
 
     `backward` is its cost over that of the forward: 2, or 2.5 in fused kernels, which make the scores again (Dao et al. 2022,
-    arXiv 2205.14135).
+    arXiv 2205.14135). `masked`: causality is a mask over all scores, rather than a kernel that leaves out what it hides.
     """
 
     width: int
     heads: int = 1
     window: int = 0
     causal: bool = False
+    masked: bool = True
     backward: float = 2.5
     block: str = ""
     read: bool = True
@@ -175,7 +177,7 @@ class Stack:
                 rates.once += _norm(op) if not lean else Cost()
                 needs = needs or op.learns
             elif isinstance(op, Attention):
-                kind = (op.window, lean and op.causal)
+                kind = (op.window, op.causal and (lean or not op.masked))
                 rates.pairs[kind] = rates.pairs.get(kind, Cost()) + _attention(op, needs, lean)
             else:
                 rates.picture += Cost(op.forward, 0.0, 2.0 * op.forward * op.trained)
@@ -208,22 +210,23 @@ def _attention(op: Attention, needed: bool, lean: bool) -> Cost:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is encoded at once: token counts of its items, and the grids of their pictures."""
+    """What is encoded at once: token counts of its items, and the grids of their pictures. `packed`: nothing is padded."""
 
     lengths: tuple[int, ...]
     grids: Mapping[Grid, int] = field(default_factory=dict)
     pictures: int = 0
+    packed: bool = False
 
     @property
     def padded(self) -> int:
-        """Tokens with padding."""
-        return len(self.lengths) * max(self.lengths)
+        """Tokens with padding, where there is any."""
+        return sum(self.lengths) if self.packed else len(self.lengths) * max(self.lengths)
 
     def load(self, part: str, extra: int, padded: bool) -> Load:
         """What the stack of `part` is given."""
         if part != "language":
             return Load(self.grids, extra * (part == "vision"), self.pictures)
-        if padded:
+        if padded and not self.packed:
             return Load({(1, max(self.lengths)): len(self.lengths)})
         texts: dict[Grid, int] = {}
         for length in self.lengths:

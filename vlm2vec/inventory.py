@@ -128,8 +128,9 @@ class _Reader:
     def _attention(self, width: int, name: str, part: str) -> Attention:
         config = self.model.config.get_text_config() if part == "language" else getattr(self.model.config, "vision_config", None)
         heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 1
-        fused = 2.0 if self.recipe.model.attention == "eager" else 2.5
-        return Attention(width, heads, self._window(name), self._causal(part), fused, _block(name), self._read(name))
+        kernel = self.recipe.model.attention
+        masked, fused = kernel != "packed", 2.0 if kernel == "eager" else 2.5
+        return Attention(width, heads, self._window(name), self._causal(part), masked, fused, _block(name), self._read(name))
 
     def _linear(self, name: str, module: nn.Module, part: str, op: Linear) -> Linear:
         trained, read = part in self.recipe.model.train, self._read(name)

@@ -100,6 +100,7 @@ def _results(recipe: Recipe, suite: Suite | None, file: Path, encoder: Callable[
         limit=options.limit,
         protocol=options.protocol,
         chunk_tokens=options.chunk_tokens,
+        workers=recipe.data.workers,
         recipe_digest=recipe.digest,
     )
     if dist.is_main():

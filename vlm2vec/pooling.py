@@ -1,4 +1,4 @@
-"""From token states to one embedding per item. Shape letters: B items, L tokens, D embedding."""
+"""From token states to one embedding per item. Shape letters: B items, L tokens, T tokens of all items of a packed row, D embedding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor, how: str) -> Tensor:
     """`embedding_BD`: the state of the last real token ("last") or the mean over the real tokens ("mean").
 
     It is float32, or float64 for float64 states. The mask alone says which tokens are real, so that left and right padding give the same
-    result. A row without a real token becomes NaN, which `check_rows` refuses. Raises InputError for another `how`.
+    result, and which item they belong to: row b of it holds the tokens of item b, that many. States (B, L, D) have a row for each item too;
+    states (1, T, D) are packed, with the tokens of all items behind one another. A row without a real token becomes NaN, which `check_rows`
+    refuses. Raises InputError for another `how`.
     """
-    real_BL = mask_BL.bool()
-    if how == "last":
-        embedding_BD = _last(hidden_BLD, real_BL)
-    elif how == "mean":
-        embedding_BD = _mean(hidden_BLD, real_BL)
-    else:
+    if how not in ("last", "mean"):
         raise InputError(f"model.pooling: expected last or mean, got {how!r}")
+    real_BL = mask_BL.bool()
+    if len(hidden_BLD) != len(real_BL):
+        return _pool_packed(hidden_BLD[0], real_BL.sum(dim=1), how)
+    embedding_BD = _last(hidden_BLD, real_BL) if how == "last" else _mean(hidden_BLD, real_BL)
     return embedding_BD.masked_fill(~real_BL.any(dim=1, keepdim=True), float("nan"))
 
 
@@ -60,3 +61,10 @@ def _mean(hidden_BLD: Tensor, real_BL: Tensor) -> Tensor:
     # masked_fill rather than a product: padding may hold NaN; the sum is wide without a wide copy of the states
     total_BD = hidden_BLD.masked_fill(~real_BL.unsqueeze(-1), 0).sum(dim=1, dtype=_wide(hidden_BLD))
     return total_BD / real_BL.sum(dim=1, keepdim=True)
+
+
+def _pool_packed(hidden_TD: Tensor, length_B: Tensor, how: str) -> Tensor:
+    if how == "last":
+        return hidden_TD[length_B.cumsum(0) - 1].to(_wide(hidden_TD))
+    # `unsafe` leaves out a check of the lengths, for which a GPU would be waited for
+    return torch.segment_reduce(hidden_TD.to(_wide(hidden_TD)), "mean", lengths=length_B, unsafe=True)

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vlm2vec import dist, log
 from vlm2vec.backbones.base import Processor
-from vlm2vec.batch import PairSource, items_of
+from vlm2vec.batch import PairSource, decoded, items_of
 from vlm2vec.config import Recipe
-from vlm2vec.data.images import content_key, load_image
+from vlm2vec.data.images import content_key
 from vlm2vec.data.types import ImageRef
 from vlm2vec.encoder import Encoder
 from vlm2vec.errors import ImageError, RecipeError, Vlm2VecError
 from vlm2vec.feature_cache import FeatureCache, Picture, size_of
+from vlm2vec.transport import read_ahead
 
 FOLDER = "features"  # in the run folder, unless data.feature_folder names another
 BLOCK = 32  # pictures of a shard; one of the largest models' has 7 MB
@@ -97,14 +98,10 @@ def _shared(mine: _Reader, workers: int, total: int) -> Iterator[Any]:
 
 def _read(reader: _Reader, workers: int) -> Iterator[Any]:
     """What a reader makes of each of its places, in order; raises its errors here."""
-    for found in DataLoader(reader, batch_size=None, num_workers=workers, collate_fn=_as_is):
+    for found in read_ahead(reader, range(len(reader)), workers):
         if isinstance(found, Vlm2VecError):
             raise found
         yield found
-
-
-def _as_is(found: Any) -> Any:
-    return found
 
 
 class _Reader(Dataset[Any]):
@@ -163,7 +160,7 @@ class _Inputs(_Reader):
 
     def read(self, place: Seen) -> Picture | None:
         try:
-            return self.processor.picture(load_image(self.pictures(place.source, place.row)[place.number]))
+            return self.processor.picture(decoded(self.processor, self.pictures(place.source, place.row)[place.number]))
         except ImageError:
             return None
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlm2vec import log, memory
 from vlm2vec.batch import Batch
 from vlm2vec.budget import Budget
-from vlm2vec.collate import plan_chunks
+from vlm2vec.collate import plan_chunks, tokens_laid_out
 from vlm2vec.config import TrainConfig
 from vlm2vec.engines import Engine
 from vlm2vec.errors import EnvError
@@ -63,18 +63,18 @@ class Attempt(Protocol):
     def __call__(self, rows: Sequence[int], recomputed: bool) -> Trial: ...
 
 
-def settle(options: TrainConfig, lengths: Sequence[int], attempt: Attempt, room: int) -> Budget:
+def settle(options: TrainConfig, lengths: Sequence[int], attempt: Attempt, room: int, packed: bool = False) -> Budget:
     """Fill in what `options` leaves open, for batches like the one of `lengths`, with `room` bytes to spare.
 
     Raises EnvError when not even the longest item fits alone.
     """
     modes = (False, True) if options.activation_checkpointing is None else (options.activation_checkpointing,)
-    found = {mode: _climb(options.chunk_tokens, lengths, partial(attempt, recomputed=mode)) for mode in modes}
+    found = {mode: _climb(options.chunk_tokens, lengths, partial(attempt, recomputed=mode), packed) for mode in modes}
     fastest = min((trial.cost for trials in found.values() for trial in trials.values()), default=None)
     if fastest is None:
         raise EnvError(too_long(max(lengths)))
     size, mode = next((size, mode) for mode in modes for size, trial in found[mode].items() if trial.cost <= fastest * (1 + ALIKE))
-    size, longest = _first_that_fits(size, lengths, partial(attempt, recomputed=mode))
+    size, longest = _first_that_fits(size, lengths, partial(attempt, recomputed=mode), packed)
     if options.keep_tokens is not None:
         return Budget(size, options.keep_tokens, mode)
     each = max(found[mode][size].graph / found[mode][size].tokens if size in found[mode] else 0, longest.graph / longest.tokens)
@@ -89,12 +89,12 @@ def too_long(longest: int) -> str:
     )
 
 
-def _climb(given: int | None, lengths: Sequence[int], attempt: Callable[[Sequence[int]], Trial]) -> dict[int, Trial]:
+def _climb(given: int | None, lengths: Sequence[int], attempt: Callable[[Sequence[int]], Trial], packed: bool) -> dict[int, Trial]:
     """Trials by size of chunk: the given one, or sizes from SMALLEST on, doubled until that brings nothing."""
     trials: dict[int, Trial] = {}
     size = given or SMALLEST
     while True:
-        rows, batch = typical(lengths, size)
+        rows, batch = typical(lengths, size, packed)
         if trials and batch < size:
             return trials
         best = min((trial.cost for trial in trials.values()), default=math.inf)
@@ -107,17 +107,17 @@ def _climb(given: int | None, lengths: Sequence[int], attempt: Callable[[Sequenc
         size *= 2
 
 
-def typical(lengths: Sequence[int], size: int) -> tuple[list[int], int]:
+def typical(lengths: Sequence[int], size: int, packed: bool = False) -> tuple[list[int], int]:
     """The rows of the chunk that holds the middle token of a batch in chunks of a size, and the padded tokens of them all."""
-    chunks = plan_chunks(lengths, size)
-    done = list(accumulate(len(chunk) * lengths[chunk[0]] for chunk in chunks))
+    chunks = plan_chunks(lengths, size, packed)
+    done = list(accumulate(tokens_laid_out([lengths[row] for row in chunk], packed) for chunk in chunks))
     return next(chunk for chunk, upto in zip(chunks, done, strict=True) if 2 * upto >= done[-1]), done[-1]
 
 
-def _first_that_fits(size: int, lengths: Sequence[int], attempt: Callable[[Sequence[int]], Trial]) -> tuple[int, Trial]:
+def _first_that_fits(size: int, lengths: Sequence[int], attempt: Callable[[Sequence[int]], Trial], packed: bool) -> tuple[int, Trial]:
     """The size, halved until the chunk of the longest items fits, and what that took."""
     while True:
-        rows = plan_chunks(lengths, size)[0]
+        rows = plan_chunks(lengths, size, packed)[0]
         try:
             return size, attempt(rows)
         except torch.OutOfMemoryError:
@@ -146,7 +146,8 @@ def try_out(engine: Engine, batch: Batch) -> Budget:
         with seeded(0):
             return measure(lambda: engine.embed(inputs), trained, weights, inputs["input_ids"].numel())
 
-    found = settle(options, [len(features) for features in batch.features], attempt, _room(encoder.device, trained))
+    lengths = [len(features) for features in batch.features]
+    found = settle(options, lengths, attempt, _room(encoder.device, trained), encoder.processor.packed)
     _logger.info("%s, tried out in %.1f s", found, time.perf_counter() - started)
     return found
 

@@ -56,7 +56,10 @@ class ModelConfig:
     family: str | None = _key("model type; read from config.json when null; the tiny form needs it", None)
     trust_remote_code: bool = _key("run Python code that ships with the model; needs a pinned revision", False)
     dtype: Literal["float32", "bfloat16", "float16"] = _key("number format of the stored weights", "float32")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = _key("attention kernel", "sdpa")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "packed"] = _key(
+        "attention kernel; packed puts the items of a chunk into one row, flash_attention_2 needs the extra flash", "sdpa"
+    )
+    kernels: Literal["liger"] | None = _key("fused kernels of the language model, for GPUs; needs the extra kernels", None)
     pooling: Literal["last", "mean"] = _key("which hidden states become the embedding", "last")
     padding_side: Literal["left", "right"] = _key("side on which shorter rows are padded", "right")
     positions: Literal["native", "flat"] = _key(
@@ -69,6 +72,10 @@ class ModelConfig:
     num_crops: int | None = _key("most crops of a picture, for families that cut; null means the checkpoint's own", None, ">= 1")
     resize: Literal["low", "mid", "high"] | int | None = _key(
         "edge of the square that pictures are squashed to before anything else; low is 128, mid 672, high 1344", None, ">= 1"
+    )
+    decode: Literal["exact", "draft"] = _key(
+        "JPEG pictures at their full size; or at a half, quarter or eighth of it where that is twice what is needed: faster, not the same",
+        "exact",
     )
     prompt: Literal["raw", "chat"] = _key("text as it is, or as a user turn of the checkpoint's own chat template", "raw")
     system: str | None = _key("system turn of a chat for items without an instruction, which takes its place", None)
@@ -199,6 +206,7 @@ class TrainConfig:
     activation_checkpointing: bool | None = _key(
         "recompute activations in the backward pass: less memory, more time; null means where trying it out shows it to be faster", False
     )
+    compile: bool = _key("compile the layers of the language model: faster steps after minutes of compiling", False)
     projector_lr: float | None = _key("peak learning rate of the projector; null means lr", None, "> 0")
     engine: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] | None = _key(
         "who holds weights, gradients and optimizer of several processes; null means what accelerate's config says, else ddp", None
@@ -210,6 +218,8 @@ class TrainConfig:
             yield "steps", f"({self.steps or 'null'}) and train.epochs ({self.epochs or 'null'}): exactly one must be given"
         if self.steps and self.warmup >= self.steps:
             yield "warmup", f"({self.warmup}) must be smaller than train.steps ({self.steps})"
+        if self.compile and self.engine not in (None, "ddp"):
+            yield "compile", f"works with train.engine: ddp, not {self.engine}; take one of them out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +280,8 @@ class Recipe:
             yield "train.projector_lr", "is given but the projector is not trained; add it to model.train or lora.parts"
         if self.data.feature_cache and (trained := sorted({"vision", "projector"} & {*adapted, *self.model.train})):
             yield "data.feature_cache", f"needs frozen vision and projector, and this recipe trains {' and '.join(trained)}; write 0"
+        if self.train.compile and self.model.kernels:
+            yield "train.compile", f"would compile the kernels of {self.model.kernels} again; take one of them out"
         if self.data.block and self.train.global_batch % self.data.block:
             yield "data.block", f"({self.data.block}) must divide train.global_batch ({self.train.global_batch})"
 

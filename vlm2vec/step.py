@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlm2vec import budget, dist, io, log, probe
 from vlm2vec.batch import Batch
 from vlm2vec.budget import CHUNKS, Budget
-from vlm2vec.collate import plan_chunks
+from vlm2vec.collate import plan_chunks, tokens_laid_out
 from vlm2vec.config import Recipe
 from vlm2vec.engines import Engine
 from vlm2vec.errors import EnvError, NonFiniteError
@@ -164,9 +164,10 @@ class Step:
     def _backward(self, step: int, micro: int, batch: Batch, last: bool = True) -> dict[str, float]:
         assert self.budget is not None, "settled before the first step"
         lengths = [len(features) for features in batch.features]
-        chunks = plan_chunks(lengths, self.budget.chunk_tokens)
+        packed = self.encoder.processor.packed
+        chunks = plan_chunks(lengths, self.budget.chunk_tokens, packed)
         layout = Layout.gather(batch, chunks, self.encoder.device)
-        padded = list(accumulate(len(chunk) * lengths[chunk[0]] for chunk in chunks))
+        padded = list(accumulate(tokens_laid_out([lengths[row] for row in chunk], packed) for chunk in chunks))
         idle, keep = self._company(len(chunks), bisect_right(padded, self.budget.keep_tokens))
         trouble = _Trouble(self.engine.meets)
         with self._replay() as replay, trouble.kept():

@@ -20,6 +20,7 @@ from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
 from vlm2vec.data.mixture import mixture_of, total_steps
 from vlm2vec.encoder import TRAINED_PARTS, Encoder
 from vlm2vec.engines import prepare
+from vlm2vec.engines.compiled import compiled
 from vlm2vec.errors import CheckpointError, EnvError, RecipeError
 from vlm2vec.feed import read_steps
 from vlm2vec.losses import InfoNCE
@@ -41,7 +42,8 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     encoder = load_encoder(recipe, resumed).to(accelerator.device)
     mixture = mixture_of(recipe)
     total = total_steps(recipe, mixture)
-    with stop.cutting("stopped while encoding pictures; run the same command to go on") if stop else nullcontext():
+    cutting = "stopped while encoding pictures; run the same command to go on"
+    with stop.cutting(cutting) if stop and recipe.data.feature_cache else nullcontext():  # else the signal waits for the first save
         features = precompute(recipe, encoder, mixture, total * recipe.train.accumulate)
     engine = prepare(recipe.train, encoder, InfoNCE(recipe.loss).to(accelerator.device))
     start = checkpoint.restore(resumed, engine) if resumed else 0
@@ -53,7 +55,7 @@ def train(recipe: Recipe, stop: StopSignal | None = None) -> Encoder:
     def save(step: int) -> None:
         checkpoint.save(run_dir, step, engine, recipe.digest, recipe.checkpoint.keep)
 
-    with log.progress(total, "training", "step", initial=start) as bar:
+    with compiled(encoder, recipe.train), log.progress(total, "training", "step", initial=start) as bar:
         for step, batches in read_steps(recipe, mixture, encoder.processor, start, total, features):
             if stop is not None and (number := dist.highest(stop.number if stop.requested else 0)):
                 save(step)
@@ -88,7 +90,7 @@ def load_encoder(recipe: Recipe, resumed: Path | None) -> Encoder:
     if resumed is None:
         encoder = Encoder.build(recipe.model, recipe.lora)
     else:
-        same = {key: getattr(recipe.model, key) for key in ("dtype", "attention", "trust_remote_code")}
+        same = {key: getattr(recipe.model, key) for key in ("dtype", "attention", "kernels", "trust_remote_code")}
         encoder = Encoder.from_pretrained(resumed, device="cpu", **same)
     found = encoder.trained_parts
     encoder.precision = recipe.train.precision

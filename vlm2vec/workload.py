@@ -60,17 +60,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Workload:
-    """Items of one rank in some global batches. `basis` says where the figures come from."""
+    """Items of one rank in some global batches. `basis` says where the figures come from, `packed` whether chunks are."""
 
     batches: tuple[tuple[Entry, ...], ...]
     steps: int
     basis: str
+    packed: bool = False
 
     def chunks(self, budget: int) -> list[list[Chunk]]:
         """Chunks of each batch, longest items first, as a step plans them."""
+        plans = [plan_chunks([entry.tokens for entry in batch], budget, self.packed) for batch in self.batches]
         return [
-            [_chunk([batch[row] for row in rows]) for rows in plan_chunks([entry.tokens for entry in batch], budget)]
-            for batch in self.batches
+            [_chunk([batch[row] for row in rows], self.packed) for rows in plan] for batch, plan in zip(self.batches, plans, strict=True)
         ]
 
     @property
@@ -79,12 +80,12 @@ class Workload:
         return [entry for batch in self.batches for entry in batch]
 
 
-def _chunk(entries: Sequence[Entry]) -> Chunk:
+def _chunk(entries: Sequence[Entry], packed: bool) -> Chunk:
     grids: Counter[Grid] = Counter()
     pictures = [picture for entry in entries for picture in entry.pictures]
     for picture in pictures:
         grids.update(dict(picture.grids))
-    return Chunk(tuple(entry.tokens for entry in entries), grids, len(pictures))
+    return Chunk(tuple(entry.tokens for entry in entries), grids, len(pictures), packed)
 
 
 class Looker:
@@ -148,7 +149,8 @@ def _sampled(recipe: Recipe, mixture: Mixture, steps: int, shape: Shape, looker:
             items |= {item.key: item for item in (pair.query, pair.positive, *pair.negatives)}
         batches.append(tuple(_measure(item, recipe, shape, looker) for item in items.values()))
     how = "its tokenizer" if shape.tokenizes else f"{CHARACTERS} characters per token"
-    return Workload(tuple(batches), steps, f"{len(indices)} global batches of {recipe.data.root}, picture headers, {how}")
+    basis = f"{len(indices)} global batches of {recipe.data.root}, picture headers, {how}"
+    return Workload(tuple(batches), steps, basis, shape.backbone.processor.packed)
 
 
 def _measure(item: Item, recipe: Recipe, shape: Shape, looker: Looker) -> Entry:
@@ -192,7 +194,7 @@ def _assumed(recipe: Recipe, shape: Shape, looker: Looker, ranks: int) -> Worklo
     ]
     pairs = max(1, recipe.train.global_batch // ranks)
     batches = tuple(tuple(entry for source in sources for entry in costs[source]) for sources in _draws(shares, pairs, recipe.data.block))
-    return Workload(batches, _steps(recipe, rows), f"assumed, {recipe.data.root} is not there: {named}")
+    return Workload(batches, _steps(recipe, rows), f"assumed, {recipe.data.root} is not there: {named}", shape.backbone.processor.packed)
 
 
 def _table(recipe: Recipe) -> tuple[dict[str, Any], dict[str, int], str]:

@@ -66,7 +66,7 @@ def test_a_million_steps_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     rows, pictures = [], []
     row, load = TrainRows.__getitem__, batch.load_image
     monkeypatch.setattr(TrainRows, "__getitem__", lambda self, index: rows.append(index) or row(self, index))
-    monkeypatch.setattr(batch, "load_image", lambda image: pictures.append(image) or load(image))
+    monkeypatch.setattr(batch, "load_image", lambda image, **options: pictures.append(image) or load(image, **options))
     began = time.process_time()
     start_run(recipe)
     seconds = time.process_time() - began

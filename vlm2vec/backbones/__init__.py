@@ -38,8 +38,10 @@ def resolve(options: ModelConfig) -> Path:
 
 def load_backbone(options: ModelConfig) -> Backbone:
     """The model of a recipe with its processor, on the CPU. Raises ModelError naming the file and what is wrong with it."""
+    from vlm2vec.backbones.kernels import check_attention, use_kernels
     from vlm2vec.backbones.loading import read_config, refuse_code
 
+    check_attention(options)
     folder = resolve(options)
     stated = read_config(folder).get("model_type")
     family = registry().get(stated or options.family or "")
@@ -50,7 +52,9 @@ def load_backbone(options: ModelConfig) -> Backbone:
     model_type = stated or options.family
     if not model_type:
         raise ModelError(f"{folder / 'config.json'}: no model_type; name it in model.family ({', '.join(sorted(registry()))})")
-    return family_of(model_type, options).load(folder, options)
+    backbone = family_of(model_type, options).load(folder, options)
+    use_kernels(backbone, options)
+    return backbone
 
 
 def family_of(model_type: str, options: ModelConfig) -> type[Backbone]:

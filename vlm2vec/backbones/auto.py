@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
 from vlm2vec.backbones.loading import load_model
+from vlm2vec.backbones.packed import CAUSAL
 from vlm2vec.backbones.toy import byte_tokenizer, sizes, small, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
@@ -46,6 +47,7 @@ class InferredProcessor(Processor):
 
     tokens_per_image: int = 0  # set from the trial picture
     takes_token_types: bool = False
+    packs = CAUSAL
 
     def image_inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """`pixel_values` (1, ...)."""
@@ -60,9 +62,14 @@ class InferredProcessor(Processor):
         return self.tokens_per_image
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """The pictures of all rows and, for models that take them, `mm_token_type_ids` (C, L): 1 at image tokens."""
-        types = {"mm_token_type_ids": (input_ids_CL == self.image_token_id).long()} if self.takes_token_types else {}
-        return {**types, **self.pictures(rows)}
+        """The pictures of all rows and, for models that take them, `mm_token_type_ids` (C, L): 1 at image tokens.
+
+        Of models that pack it is known how they count positions, and others count their own.
+        """
+        batch = {"mm_token_type_ids": (input_ids_CL == self.image_token_id).long()} if self.takes_token_types else {}
+        if self.packed:
+            batch["position_ids"] = self.positions(rows)
+        return {**batch, **self.pictures(rows)}
 
 
 class AutoBackbone(Backbone):
@@ -86,6 +93,8 @@ class AutoBackbone(Backbone):
         if not isinstance(getattr(model.config, "image_token_id", None), int):
             raise _cannot(model, "which token stands for a picture: its configuration has no image_token_id")
         processor = InferredProcessor.load(path, options, model.config)
+        if processor.packed and model.config.model_type not in cls.model_types:
+            raise _cannot(model, "whether items that share a row stay apart (model.attention: packed)")
         processor.takes_token_types = _takes_token_types(model)
         processor.tokens_per_image = _try_pictures(model, processor)
         return cls(model, processor, options)

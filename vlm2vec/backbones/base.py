@@ -26,10 +26,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm2vec.backbones.chat import RAW, ChatTemplate
 from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
+from vlm2vec.backbones.packed import boundaries, check_packs
 from vlm2vec.backbones.pictures import PIXELS, VECTORS, apart, one_by_one
 from vlm2vec.backbones.runs import Part as PromptPart
 from vlm2vec.backbones.runs import Run, Text, cut, gather, whole
-from vlm2vec.collate import Features, pad_tokens
+from vlm2vec.collate import Features, join_tokens, pad_tokens
 from vlm2vec.config import RESOLUTIONS, ModelConfig
 from vlm2vec.errors import DataError, ModelError, RecipeError
 from vlm2vec.io import digest
@@ -45,7 +46,7 @@ FAMILIES: dict[str, type[Backbone]] = {}  # by the `model_type` of config.json; 
 ASSETS = ("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja", "chat_template.json")
 # Recipe keys that change what a processor gives.
 FEATURE_OPTIONS = (
-    *("max_tokens", "min_pixels", "max_pixels", "num_crops", "resize", "positions"),
+    *("max_tokens", "min_pixels", "max_pixels", "num_crops", "resize", "decode", "positions"),
     *("prompt", "system", "ending", "keep_stray"),
 )
 MUCH_TOO_LONG = 10  # a text this many times over its limit is worth a warning
@@ -54,7 +55,7 @@ logger = get_logger(__name__)
 
 
 class Processor(ABC):
-    """Prompt and pictures of one item -> Features, and rows of Features -> a padded chunk. Pickles.
+    """Prompt and pictures of one item -> Features, and rows of Features -> a chunk, padded or packed. Pickles.
 
     Text is tokenized piece by piece with control tokens switched off, so nothing that a user writes can become one; image tokens are
     inserted by id. A text over its limit loses tokens from its end, a picture never does.
@@ -64,6 +65,7 @@ class Processor(ABC):
     tokenizer_class: ClassVar[Any] = AutoTokenizer
     image_processor_class: ClassVar[Any] = AutoImageProcessor
     flat_positions: ClassVar[bool] = False  # whether `positions: flat` differs from the family's own and is followed
+    packs: ClassVar[tuple[str, ...]] = ()  # types of language models with which items of this family can share a row
     margin: tuple[str, str] = ("", "")  # text on both sides of a picture, tokenized together with what stands there
     chat_mark: str | None = None  # what a chat template writes for a picture; the image token if None
     picture_inputs: tuple[str, ...] = (PIXELS,)  # what the model needs of a picture, each joined along its first dimension
@@ -76,6 +78,8 @@ class Processor(ABC):
         self.image_token_id: int = config.image_token_id
         if options.positions == "flat" and not self.flat_positions:
             raise RecipeError("model.positions: flat is only for models that lay pictures out in two dimensions; leave it native")
+        if self.packed:
+            check_packs(config, self.packs)
         self.limit_pixels(options.min_pixels, options.max_pixels)
         self.limit_crops(options.num_crops)
         self._protect(self.control_tokens())
@@ -111,6 +115,10 @@ class Processor(ABC):
     def joined(self, images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What the vision tower needs of one or more pictures at once."""
         return {name: torch.cat([image[name] for image in images]) for name in self.picture_inputs}
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The largest width and height that the family scales a picture of this size to; by default it is taken to use every pixel."""
+        return width, height
 
     def control_tokens(self) -> list[str]:
         """Tokens that only we may insert, beside those that the tokenizer already treats as special."""
@@ -164,6 +172,11 @@ class Processor(ABC):
         """How many ids a picture of this size will take, after `model.resize`: arithmetic only, so that it can be asked before decoding."""
         return self.count_image_tokens(*([self.edge_after_resize] * 2 if self.edge_after_resize else (width, height)))
 
+    def needed_size(self, width: int, height: int) -> tuple[int, int]:
+        """To what size a picture of this size is first scaled, by `model.resize` or by the family: arithmetic only."""
+        edge = self.edge_after_resize
+        return (edge, edge) if edge else self.scaled_size(width, height)
+
     @property
     def edge_after_resize(self) -> int | None:
         """Edge of the square that every picture is squashed to before the family sees it; None to leave pictures as they are."""
@@ -175,9 +188,16 @@ class Processor(ABC):
         return [*self.prefix, *ids, *self.suffix]
 
     def collate(self, rows: Sequence[Features]) -> dict[str, Tensor]:
-        """Pad `rows` to one chunk: `input_ids` and `attention_mask` (C, L) and what the family adds."""
-        input_ids_CL, mask_CL = pad_tokens([row.input_ids for row in rows], self.pad_id, self.options.padding_side)
+        """One chunk of `rows`: `input_ids` and `attention_mask` as `lay_out` gives them, and what the family adds."""
+        input_ids_CL, mask_CL = self.lay_out([row.input_ids for row in rows], self.pad_id)
         return {"input_ids": input_ids_CL, "attention_mask": mask_CL, **self.collate_images(rows, input_ids_CL)}
+
+    def lay_out(self, rows: Sequence[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+        """One value per token of each item (L_i,) -> those of the chunk, and a mask (C, L) that is 1 for each token of an item.
+
+        Rows are padded to (C, L) with `fill`, or packed: one behind the other in (1, T), and then the mask tells their lengths.
+        """
+        return join_tokens(rows) if self.packed else pad_tokens(rows, fill, self.options.padding_side)
 
     def pictures(self, rows: Sequence[Features]) -> dict[str, Tensor]:
         """The pictures of a chunk, row after row: joined, or one by one where some of them come as features; empty if there are none."""
@@ -187,8 +207,13 @@ class Processor(ABC):
         return self.joined(images) if images else {}
 
     def positions(self, rows: Sequence[Features]) -> Tensor:
-        """Position ids (C, L) that count from 0 at the first real token, whatever the padding side; 0 on padding."""
-        return pad_tokens([torch.arange(len(row)) for row in rows], 0, self.options.padding_side)[0]
+        """Position ids as `lay_out` gives them, which count from 0 at the first token of each item; 0 on padding."""
+        return self.lay_out([torch.arange(len(row)) for row in rows])[0]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the items of a chunk share one row."""
+        return self.options.attention == "packed"
 
     @property
     def pad_id(self) -> int:
@@ -346,8 +371,18 @@ class Backbone(nn.Module, ABC):
         return self.model.model
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Last hidden states (C, L, D) of a collated chunk."""
-        return self.inner(**self.seen(batch), use_cache=False).last_hidden_state
+        """Last hidden states of a collated chunk, for every place of its `input_ids`: (C, L, D), or (1, T, D) where it is packed."""
+        return self.inner(**self.inputs(batch), use_cache=False).last_hidden_state
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """A collated chunk as the model takes it: where it is packed, the boundaries of items in the place of the mask; where its pictures
+        come one by one, the features of all.
+        """
+        rest, pictures = apart(batch)
+        seen: dict[str, Any] = {"mm_encoder_outputs": {"image": self.as_output(self.vectors(pictures))}} if pictures else {}
+        if self.processor.packed:
+            seen |= boundaries(rest.pop("attention_mask"))
+        return {**rest, **seen}
 
     # -- pictures as features: a frozen tower sees a picture once, and the model gets what it made of it ---------------------------------
 
@@ -360,11 +395,6 @@ class Backbone(nn.Module, ABC):
         """What the towers make of one picture, from `Processor.joined`: (V, D), or (T, V, D) in families that keep tiles apart."""
         pooled = self.inner.get_image_features(**inputs, return_dict=True).pooler_output
         return torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
-
-    def seen(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """A collated chunk as the model takes it: as it is, or, where its pictures come one by one, with the features of all."""
-        rest, pictures = apart(batch)
-        return {**rest, "mm_encoder_outputs": {"image": self.as_output(self.vectors(pictures))}} if pictures else rest
 
     def vectors(self, pictures: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         """The features of each picture, computed where they are not there yet."""

@@ -48,6 +48,10 @@ class Gemma3Processor(TileProcessor):
         """The same for every size."""
         return self.tokens_per_image + 2
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The one size of all pictures."""
+        return self.image_processor.size["width"], self.image_processor.size["height"]
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """As for every family, and `token_type_ids` (C, L): 1 on image tokens, which see the rest of their picture."""
         return {**super().collate_images(rows, input_ids_CL), "token_type_ids": (input_ids_CL == self.image_token_id).long()}

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from vlm2vec.backbones.base import Assets, Backbone, Part, Processor
+from vlm2vec.backbones.packed import CAUSAL
 from vlm2vec.backbones.toy import byte_tokenizer, sizes, write_checkpoint
 from vlm2vec.collate import Features
 from vlm2vec.config import ModelConfig
@@ -32,6 +33,8 @@ MARKERS = (FAKE, GLOBAL, *(f"<row_{row}_col_{column}>" for row in range(1, 7) fo
 
 class Idefics3Processor(Processor):
     """Pictures as (T, 3, edge, edge) tiles, T = rows x columns + 1, or 1 for a picture that is not cut."""
+
+    packs = CAUSAL
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.edge: int = image_processor.max_image_size["longest_edge"]
@@ -66,6 +69,12 @@ class Idefics3Processor(Processor):
     def count_image_tokens(self, width: int, height: int) -> int:
         """Length of the expansion for a picture of this size."""
         return len(self._expansion(*self._grid(width, height)))
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The picture at its longest edge, or its tiles where they are larger."""
+        rows, columns = self._grid(width, height)
+        wide, high = _scaled(width, height, self.image_processor.size["longest_edge"])
+        return max(wide, columns * self.edge), max(high, rows * self.edge)
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """`position_ids` (C, L) and the pictures of all rows."""

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, GotOcr2ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlm2vec.backbones.base import Assets
+from vlm2vec.backbones.packed import CAUSAL
 from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
 from vlm2vec.backbones.toy import byte_tokenizer, small, write_checkpoint
 from vlm2vec.config import ModelConfig
@@ -26,6 +28,8 @@ START, END = "<img>", "</img>"
 
 class InternVLProcessor(TileProcessor):
     """Pictures as (T, 3, E, E) tiles; T is 1 for a picture that is not cut."""
+
+    packs = CAUSAL
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
@@ -58,6 +62,13 @@ class InternVLProcessor(TileProcessor):
     def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of the tiles that a picture of this size is cut into, and two markers."""
         return self.tokens_per_tile * self.image_processor.get_number_of_image_patches(height, width) + 2
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all tiles."""
+        made = self.image_processor
+        edges = (made.size["height"], made.size["width"])
+        columns, rows = get_optimal_tiled_canvas((height, width), edges, made.min_patches, made.max_patches)
+        return columns * edges[1], rows * edges[0]
 
 
 class InternVL(TileBackbone):

@@ -18,6 +18,7 @@ from transformers import AutoConfig, LlavaNextImageProcessorPil, LlavaOnevisionI
 from transformers.image_processing_utils import select_best_resolution
 
 from vlm2vec.backbones.base import Assets
+from vlm2vec.backbones.packed import CAUSAL
 from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
 from vlm2vec.backbones.toy import byte_tokenizer, small, write_checkpoint
 from vlm2vec.config import ModelConfig
@@ -28,6 +29,7 @@ MUCH_LARGER = 1.1  # LLaVA-OneVision shrinks a grid whose edges exceed its bound
 class AnyResProcessor(TileProcessor):
     """Pictures as (T, 3, E, E) tiles and their size before tiling (1, 2): height, width."""
 
+    packs = CAUSAL
     picture_inputs = ("pixel_values", "image_sizes")
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
@@ -51,6 +53,11 @@ class AnyResProcessor(TileProcessor):
         """Features of the whole, plus rows x (columns + newline) of the grid."""
         rows, columns = self._grid(width, height)
         return self.side**2 + rows * (columns + 1)
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all tiles."""
+        high, wide = select_best_resolution((height, width), self.image_processor.image_grid_pinpoints)
+        return wide, high
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of features that are left of the grid of tiles, with the model's own rounding."""

@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
+from vlm2vec.backbones.packed import set_packed
 from vlm2vec.backbones.weights import ADAPTER_PICKLE, check_text, check_weights, tensor_names
 from vlm2vec.config import ModelConfig
 from vlm2vec.errors import ModelError
@@ -116,7 +117,7 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Map
         folder,
         options,
         dtype=getattr(torch, options.dtype),
-        attn_implementation=options.attention,
+        attn_implementation="sdpa" if options.attention == "packed" else options.attention,
         use_safetensors=True,
         key_mapping=used or None,
         ignore_mismatched_sizes=True,  # reported below, where both shapes can be named
@@ -129,6 +130,8 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Map
                 f"{folder}: {len(names)} {kind} tensor{'s' * (len(names) > 1)}, first {names[0]}; "
                 f"the weights do not belong to a {type(model).__name__} of this configuration"
             )
+    if options.attention == "packed":
+        set_packed(model)
     return model
 
 

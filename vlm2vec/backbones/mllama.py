@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, MllamaImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import get_optimal_tiled_canvas
 
 from vlm2vec.backbones.pictures import apart
 from vlm2vec.backbones.tiles import TileBackbone, TileProcessor
@@ -49,6 +50,11 @@ class MllamaProcessor(TileProcessor):
     def count_image_tokens(self, width: int, height: int) -> int:
         """One."""
         return 1
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all tiles."""
+        high, wide = get_optimal_tiled_canvas(height, width, self.image_processor.max_image_tiles, self.image_processor.size["height"])
+        return int(wide), int(high)
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """As for every family, and where there are pictures `sees_NL`: which tokens of its own row attend to a picture."""

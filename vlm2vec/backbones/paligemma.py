@@ -41,6 +41,10 @@ class PaliGemmaProcessor(TileProcessor):
         """The same for every size."""
         return self.tokens_per_image
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The one size of all pictures."""
+        return self.image_processor.size["width"], self.image_processor.size["height"]
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """As for every family, but positions start at 1, and `token_type_ids` (C, L) are 0 throughout: a prompt that sees itself whole."""
         made = super().collate_images(rows, input_ids_CL)

@@ -34,6 +34,7 @@ class Phi3VProcessor(Processor):
     # The published tokenizer_config.json names a Llama class, which builds another tokenizer than tokenizer.json describes.
     tokenizer_class: ClassVar[Any] = PreTrainedTokenizerFast
     image_processor_class: ClassVar[Any] = Phi3VImageProcessor
+    packs = (Phi3VConfig.model_type,)
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         if image_processor.side != config.vision_config.image_size:
@@ -63,6 +64,11 @@ class Phi3VProcessor(Processor):
     def count_image_tokens(self, width: int, height: int) -> int:
         """Tokens of the grid that this size falls into."""
         return self.image_processor.count_tokens(*self.image_processor.grid(width, height)) + len(self.prefix)
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The canvas of all crops."""
+        rows, columns = self.image_processor.grid(width, height)
+        return columns * self.image_processor.side, rows * self.image_processor.side
 
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
         """`position_ids` (C, L) and the pictures of all rows."""

@@ -69,10 +69,10 @@ class Phi3VConfig(Phi3Config):
 
 
 class LongRope(nn.Module):
-    """LongRoPE (arXiv 2402.13753): rotations slowed by one list of factors for short rows and by another for long ones.
+    """LongRoPE (arXiv 2402.13753): rotations slowed by one list of factors for short items and by another for long ones.
 
-    Each row chooses by its own length. The choice by the longest row of a batch, which transformers makes, would let an embedding depend on
-    its neighbours.
+    Each item chooses by its own length. The choice by the longest row of a batch, which transformers makes, would let an embedding depend
+    on its neighbours.
     """
 
     def __init__(self, config: Phi3Config) -> None:
@@ -89,10 +89,12 @@ class LongRope(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (C, L, head width) of positions (C, L), in the number format of `x`."""
-        is_long_C = position_ids.amax(dim=-1) >= self.longest_short
-        frequencies = self.frequencies.to(x.device)[is_long_C.long()]
-        angles = position_ids[..., None].float() * frequencies[:, None]
+        """Cosines and sines (C, L, head width) of positions (C, L), in the number format of `x`. An item starts at every position 0."""
+        item_CL = (position_ids == 0).cumsum(dim=-1)
+        longest_CL = item_CL.new_zeros((len(item_CL), item_CL.shape[1] + 1)).scatter_reduce(1, item_CL, position_ids, "amax")
+        is_long_CL = longest_CL.gather(1, item_CL) >= self.longest_short
+        frequencies = self.frequencies.to(x.device)[is_long_CL.long()]
+        angles = position_ids[..., None].float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.magnitude).to(x.dtype), (angles.sin() * self.magnitude).to(x.dtype)
 

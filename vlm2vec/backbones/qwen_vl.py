@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from vlm2vec.backbones.base import Backbone, Part, Processor
 from vlm2vec.backbones.toy import CHAT, byte_tokenizer, small, write_checkpoint
-from vlm2vec.collate import Features, pad_tokens
+from vlm2vec.collate import Features
 from vlm2vec.errors import ImageError
 
 MAX_ASPECT = 200  # longer over shorter side that the family's resizing accepts
@@ -32,6 +33,7 @@ class QwenVLProcessor(Processor):
 
     flat_positions = True
     picture_inputs = ("pixel_values", "image_grid_thw")
+    packs = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 
     def limit_pixels(self, smallest: int | None, largest: int | None) -> None:
         """Bound the area to which pictures are resized."""
@@ -53,11 +55,16 @@ class QwenVLProcessor(Processor):
         _check_aspect(width, height)
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
 
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size of the grid of patches."""
+        size, edge = self.image_processor.size, self.image_processor.patch_size * self.image_processor.merge_size
+        high, wide = smart_resize(height, width, edge, size["shortest_edge"], size["longest_edge"])
+        return wide, high
+
     def collate_images(self, rows: Sequence[Features], input_ids_CL: Tensor) -> dict[str, Tensor]:
-        """Patches and grids of all pictures, row after row, and `position_ids` (3, C, L): time, height, width."""
+        """Patches and grids of all pictures, row after row, and `position_ids` (3, C, L) or (3, 1, T): time, height, width."""
         axes = zip(*[self._positions(row) for row in rows], strict=True)
-        positions = torch.stack([pad_tokens(axis, 0, self.options.padding_side)[0] for axis in axes])
-        return {"position_ids": positions, **self.pictures(rows)}
+        return {"position_ids": torch.stack([self.lay_out(axis)[0] for axis in axes]), **self.pictures(rows)}
 
     def _positions(self, row: Features) -> Tensor:
         """Positions (3, L): M-RoPE, arXiv 2409.12191 section 2.1, where text counts on all axes alike and a picture by its row and column,

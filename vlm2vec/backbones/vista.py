@@ -127,6 +127,7 @@ class VistaModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         """Hidden states (C, L, D); `pixel_values` holds the pictures of all rows in the order of their tokens, or they come as
         visual tokens: `pooler_output` (N, G, D) of `mm_encoder_outputs["image"]`.
@@ -138,7 +139,7 @@ class VistaModel(PreTrainedModel):
         if tokens_NGD is not None:
             is_image_CL1 = (input_ids == self.config.image_token_id)[..., None]
             words_CLD = words_CLD.masked_scatter(is_image_CL1, tokens_NGD.to(words_CLD.dtype))
-        return self.text_model(inputs_embeds=words_CLD, attention_mask=attention_mask, position_ids=position_ids)
+        return self.text_model(inputs_embeds=words_CLD, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
 
 AutoConfig.register(VistaConfig.model_type, VistaConfig, exist_ok=True)
@@ -147,6 +148,8 @@ AutoModel.register(VistaConfig, VistaModel, exist_ok=True)
 
 class VistaProcessor(Processor):
     """Pictures as (1, 3, size, size) and G image tokens each."""
+
+    packs = ("bert",)
 
     def __init__(self, tokenizer: Any, image_processor: Any, options: ModelConfig, config: Any, assets: Assets = None) -> None:
         self.tokens_per_image = config.visual_grid**2
@@ -164,6 +167,10 @@ class VistaProcessor(Processor):
     def count_image_tokens(self, width: int, height: int) -> int:
         """G, whatever the size."""
         return self.tokens_per_image
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """The one size of all pictures."""
+        return self.image_processor.size["width"], self.image_processor.size["height"]
 
     def text_budget(self, image_tokens: int) -> int:
         """`max_tokens`, or less where the encoder's learned positions end."""
@@ -196,8 +203,8 @@ class Vista(Backbone):
         return self.model
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Last hidden states (C, L, D) of a collated chunk."""
-        return self.model(**self.seen(batch)).last_hidden_state
+        """Last hidden states of a collated chunk."""
+        return self.model(**self.inputs(batch)).last_hidden_state
 
     @classmethod
     def tiny_checkpoint(cls, to: Path, seed: int = 0, model_type: str | None = None) -> Path:

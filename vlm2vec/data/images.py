@@ -85,11 +85,14 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+SPARE = 2  # a JPEG decoded below its size keeps this many times the width and the height that are needed
+Needed = Callable[[int, int], tuple[int, int]]  # (width, height) of an upright picture -> those to which it will be resized
 
 
-def load_image(ref: ImageRef, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+def load_image(ref: ImageRef, limits: Limits = DEFAULT_LIMITS, needed: Needed | None = None) -> Image.Image:
     """Decode a picture to a new 8-bit RGB image, upright, on white where it is transparent; of several frames the first.
 
+    With `needed`, an encoded JPEG may come at a half, a quarter or an eighth of its size (`_reduce`); all else is the same.
     Raises ImageError if the picture is missing, no image, damaged or over the limits, EnvError if the storage fails.
     """
     if isinstance(ref.source, Image.Image):
@@ -107,7 +110,7 @@ def load_image(ref: ImageRef, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     except _DECODER_ERRORS as error:
         raise ImageError(f"{ref.label}: image file is truncated or damaged ({error})") from error
     with image:
-        return _pixels(image, ref.label, limits)
+        return _pixels(image, ref.label, limits, needed)
 
 
 def sniff(file: Path, label: str) -> None:
@@ -162,11 +165,13 @@ def _check_size(size: tuple[int, int], label: str, limits: Limits) -> None:
         raise ImageError(f"{label}: image is {width}x{height}, longer than {limits.aspect:g}:1")
 
 
-def _pixels(image: Image.Image, label: str, limits: Limits) -> Image.Image:
+def _pixels(image: Image.Image, label: str, limits: Limits, needed: Needed | None = None) -> Image.Image:
     """Check the header, decode, convert, turn upright; the result carries no metadata that could be applied once more."""
     _check_size(image.size, label, limits)
     if image.mode not in _TO_RGB:
         raise ImageError(f"{label}: images of mode {image.mode} are not read")
+    if needed is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+        _reduce(image, needed)
     try:
         image.load()
         rgb = _TO_RGB[image.mode](image, limits)
@@ -179,6 +184,23 @@ def _pixels(image: Image.Image, label: str, limits: Limits) -> Image.Image:
     upright = rgb if turn is None else rgb.transpose(turn)
     upright.info.clear()
     return upright
+
+
+def _reduce(image: JpegImagePlugin.JpegImageFile, needed: Needed) -> None:
+    """Have the decoder compute fewer pixels from each 8 x 8 block (scaled inverse DCT), as few as leave SPARE times what is needed.
+
+    The scale must divide both sides: else the last block would reach beyond the picture, and all pixels be shifted against those of the
+    full size. And it must not change what is needed, so that a picture gives as many tokens as at its full size.
+    """
+    sideways = _turn(image) in _SIDEWAYS
+    width, height = image.size[::-1] if sideways else image.size
+    target = needed(width, height)
+    for scale in (8, 4, 2):
+        reduced = (width // scale, height // scale)
+        divides = (width % scale, height % scale) == (0, 0)
+        if divides and reduced[0] >= SPARE * target[0] and reduced[1] >= SPARE * target[1] and needed(*reduced) == target:
+            image.draft(None, reduced[::-1] if sideways else reduced)
+            return
 
 
 # ---- from every mode to RGB
@@ -268,6 +290,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}  # width and height change places
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -35,13 +35,15 @@ def start(recipe: Recipe) -> Recipe:
     leave processes unsynchronised or alone.
     """
     engine = settled(recipe.train.engine, implied_engine(os.environ))
+    recipe = replace(recipe, train=replace(recipe.train, engine=engine))  # type: ignore[arg-type]  # one of the names that a recipe may give
+    recipe.validate()
     # Accelerate starts processes and finds devices; the engines are driven here.
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false"}
     on_cpu = not torch.cuda.is_available() or _on("ACCELERATE_USE_CPU", os.environ)
     if not torch.distributed.is_initialized():
         PartialState(cpu=on_cpu, timeout=timedelta(minutes=recipe.run.timeout))
     check_processes(os.environ, dist.world_size())
-    return replace(recipe, train=replace(recipe.train, engine=engine))  # type: ignore[arg-type]  # one of the names that a recipe may give
+    return recipe
 
 
 def implied_engine(environment: Environment) -> str | None:
