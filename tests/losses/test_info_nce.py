@@ -187,7 +187,7 @@ def test_memory_does_not_grow_with_the_matrix():
     command = [sys.executable, "-m", "benchmarks.throughput.loss", "--child", size]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert 0 < json.loads(done.stdout)["memory"] < 128 * 2**20
+    assert 0 < json.loads(done.stdout)["memory"] < 256 * 2**20
 
 
 def test_equal_copies_get_equal_parts_of_the_gradient():
