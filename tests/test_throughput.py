@@ -197,7 +197,8 @@ def test_a_run_from_end_to_end(setting: Setting, tmp_path: Path, monkeypatch: py
     said, page = capsys.readouterr().out, (tmp_path / "page.md").read_text("utf-8")
     assert json.loads((tmp_path / "out.json").read_text("utf-8")) == report.plain(results)
     (found,) = results["workloads"]
-    assert found["training"]["whole"]["ratio"].low > 0 and set(found["encoding"]) == {"distinct", "as they come"}
+    assert found["training"]["whole"]["ratio"].low > 0 and found["training"]["settled"]["model"]["ratio"].low > 0
+    assert set(found["encoding"]) == {"distinct", "distinct, packed", "as they come", "as they come, packed"}
     assert results["missing"] == ["nothing"] and "$" not in page
     for part in (report.training, report.counts, report.stages, report.ablations):
         assert part(results) in said and part(results) in page
