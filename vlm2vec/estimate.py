@@ -20,6 +20,7 @@ from vlm2vec.errors import RecipeError
 from vlm2vec.flops import Chunk, Linear, Stack, step_cost, useful_cost
 from vlm2vec.footprint import WIDTH, Numbers, activations, scratch
 from vlm2vec.inventory import Inventory, take
+from vlm2vec.losses.info_nce import SCORES
 from vlm2vec.workload import Looker, Workload, workload
 
 SPREAD_OPTIMIZER = ("zero1", "zero2", "zero3", "fsdp2")
@@ -32,6 +33,7 @@ BOUNDS = {
     "host": "decoding on the host",
 }
 TRIED, SMALLEST = 8192, 256  # tokens of the largest and smallest chunk that is looked at where the recipe leaves it open
+TILES = 3  # of scores that the loss holds at once
 WORTH = 0.03  # share of the operations that advice must save
 
 
@@ -154,7 +156,7 @@ def memory(made: Plan) -> dict[str, float]:
     if made.engine in SPREAD_WEIGHTS:
         weights = (found.total - found.sharded * (1 - 1 / made.ranks) + 2 * found.largest_layer) * stored + 4 * found.adapter
     batches = made.work.chunks(made.budget.chunk_tokens)
-    per_rank = made.recipe.train.global_batch / made.ranks
+    batch = made.recipe.train.global_batch
     table = {
         "weights": weights,
         "gradients": trained,
@@ -164,7 +166,7 @@ def memory(made: Plan) -> dict[str, float]:
             max(sum(_replayed(made, chunk) for chunk in chunks) for chunks in batches), made.recipe.train.replay_gib * 2**30
         ),
         "temporaries": max(_temporaries(made, chunk) for chunks in batches for chunk in chunks),
-        "embeddings and scores": 4 * made.recipe.train.global_batch * found.hidden * 4 + 8 * per_rank * made.recipe.train.global_batch,
+        "embeddings and scores": 4 * 4 * batch * found.hidden + 4 * TILES * min(SCORES, batch**2),
     }
     overhead = facts()["overhead"]
     return table | {"context and fragments": 1e9 * overhead["context"] + overhead["fragments"] * sum(table.values())}

@@ -139,10 +139,10 @@ class _Rates:
     pairs: dict[tuple[int, bool], Cost] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """One part of a model. `replayed`: frozen, with everything in front of it, so that a step runs it once. `entry`: something trained,
-    such as a token table, lies in front of its first product.
+    such as a token table, lies in front of its first product. A stack equals itself alone: hashing hundreds of products takes long.
     """
 
     part: str
@@ -150,7 +150,7 @@ class Stack:
     replayed: bool = False
     entry: bool = False
 
-    @property
+    @cached_property
     def learns(self) -> bool:
         """Whether anything in it is trained."""
         return any(op.trained if isinstance(op, PerPicture) else isinstance(op, Linear) and op.learns for op in self.ops)

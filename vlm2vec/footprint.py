@@ -122,8 +122,17 @@ def scratch(stack: Stack, rows: float, length: int, numbers: Numbers) -> float:
     """The largest temporaries of a stack: three tensors of its widest product, scores in float32 without a fused kernel, and what DoRA
     makes of a weight (the unit matrix, and the adapter's product with it, in float32).
     """
+    widest, heads, weight = _extremes(stack)
+    scores = 2 * 4 * heads * length * rows if numbers.attention == "eager" else 0.0
+    return max(3 * numbers.computed * widest * rows, scores, weight)
+
+
+@lru_cache(maxsize=64)
+def _extremes(stack: Stack) -> tuple[float, int, float]:
+    """Of a stack's products the most numbers per row, the most heads, and the most bytes that DoRA makes of a weight."""
     linears = [op for op in stack.ops if isinstance(op, Linear)]
-    scores = [2 * 4 * op.heads * length * rows for op in stack.ops if isinstance(op, Attention) and numbers.attention == "eager"]
-    weights = [6.0 * op.inputs**2 + 18.0 * op.inputs * op.outputs for op in linears if op.dora]
-    widest = max((max(op.inputs, op.outputs) * op.rows for op in linears), default=0)
-    return max(3 * numbers.computed * widest * rows, *scores, *weights, 0.0)
+    return (
+        max((max(op.inputs, op.outputs) * op.rows for op in linears), default=0),
+        max((op.heads for op in stack.ops if isinstance(op, Attention)), default=0),
+        max((6.0 * op.inputs**2 + 18.0 * op.inputs * op.outputs for op in linears if op.dora), default=0.0),
+    )

@@ -1,18 +1,20 @@
 """Log lines and progress bars, quiet on every rank but the main one.
 
-Only the command line calls `setup`; without it Python shows the warnings and hides the rest.
+Only the command line calls `setup`; without it Python shows the warnings and hides the rest. tqdm takes half the time of `--help` to
+import, so it waits until there is something to show.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from vlm2vec import dist
 from vlm2vec.errors import InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 PACKAGE = "vlm2vec"
 LEVELS = ("debug", "info", "warning", "error")
@@ -40,6 +42,8 @@ def progress(
 
     A bar that does not `leave` vanishes when it is done; a bar opened inside another stands below it.
     """
+    from tqdm import tqdm
+
     shown = (sys.stderr.isatty() if enabled is None else enabled) and dist.is_main()
     return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not shown, leave=leave, dynamic_ncols=True)
 
@@ -55,5 +59,7 @@ class _Handler(logging.Handler):
         return record.levelno >= logging.WARNING or dist.is_main()
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         rank = "" if dist.is_main() else f"[rank {dist.rank()}] "
         tqdm.write(rank + self.format(record), file=sys.stderr)

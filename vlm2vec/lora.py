@@ -11,10 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +23,9 @@ from vlm2vec.backbones.weights import ADAPTER_WEIGHTS, misfit, read_adapter
 from vlm2vec.config import LoraConfig
 from vlm2vec.errors import AdapterError, RecipeError
 from vlm2vec.io import read_json
+
+if TYPE_CHECKING:  # slow to import, and without an adapter not needed
+    from peft import PeftConfig, PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts in front of the names of its base model
@@ -50,8 +52,10 @@ def target_patterns(backbone: Backbone, parts: tuple[str, ...], targets: tuple[s
 
 def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
     """Inject fresh adapters into `backbone.model`, in place; the new tensors are its only trainable ones and change nothing yet."""
+    import peft
+
     pattern, beyond = target_patterns(backbone, options.parts, options.targets)
-    config = PeftLoraConfig(
+    config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it as a number
         lora_dropout=options.dropout,
@@ -66,6 +70,8 @@ def add_lora(backbone: Backbone, options: LoraConfig) -> PeftModel:
 
 
 def _inject(backbone: Backbone, config: PeftConfig) -> PeftModel:
+    from peft import get_peft_model
+
     # PEFT writes the model's `name_or_path` over the base named in `config`; a cache folder here means nothing elsewhere.
     backbone.model.name_or_path = backbone.options.path
     config.base_model_name_or_path = backbone.options.path
@@ -74,6 +80,8 @@ def _inject(backbone: Backbone, config: PeftConfig) -> PeftModel:
 
 def _tensors(adapter: PeftModel) -> dict[str, Tensor]:
     """The adapter's own tensors by PEFT's names. Embedding layers are never part of it; PEFT would ask the Hub whether they changed."""
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(adapter, save_embedding_layers=False)
 
 
@@ -108,6 +116,8 @@ def load_adapter(backbone: Backbone, directory: Path) -> PeftModel:
 
 def _adapter_config(directory: Path) -> PeftConfig:
     """The settings of an adapter. Raises AdapterError if they are not those of a LoRA."""
+    from peft import PeftConfig
+
     file = directory / ADAPTER_CONFIG
     settings = read_json(file)
     kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__

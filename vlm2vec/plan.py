@@ -1,6 +1,7 @@
 """`--dry-run`: what a recipe would do, from its arithmetic alone and before a single step.
 
-Memory is that of `vlm2vec estimate`; time and what else depends on a device is to be had there.
+Neither weights nor pictures are read: sizes and memory come from the model's configuration, as in `vlm2vec estimate`, which also says what
+depends on a device. Without the data, items are assumed, and the plan says so.
 """
 
 from __future__ import annotations
@@ -8,66 +9,66 @@ from __future__ import annotations
 from typing import Any
 
 from vlm2vec import estimate
-from vlm2vec.backbones.shapes import shape_like
 from vlm2vec.composition import compose
 from vlm2vec.config import Recipe
 from vlm2vec.data.mixture import Mixture
 from vlm2vec.devices import find
-from vlm2vec.encoder import Encoder
-from vlm2vec.trainer import total_steps
+from vlm2vec.inventory import Inventory
+from vlm2vec.workload import mixture_at_hand
 
 GIB = 1024**3
 SAMPLED = 8  # global batches whose texts are looked at
 
 
-def parameters_by_part(encoder: Encoder) -> dict[str, tuple[int, int]]:
-    """Part -> (trainable, total) parameter counts; adapters count with the part they sit in."""
-    table: dict[str, tuple[int, int]] = {}
-    for name, parameter in encoder.model.named_parameters():
-        part = encoder.backbone.part_of(name)
-        trained, total = table.get(part, (0, 0))
-        table[part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
-    return table
+def parameters_by_part(inventory: Inventory) -> dict[str, tuple[int, int]]:
+    """Part -> (trainable, total) parameter counts of the parts that there are; adapters count with the part they sit in."""
+    table = {part: (count.trained + count.adapter, count.total + count.adapter) for part, count in inventory.parameters.items()}
+    return {part: counts for part, counts in table.items() if counts[1]}
 
 
-def memory(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int = 1) -> dict[str, float]:
+def memory(made: estimate.Plan) -> dict[str, float]:
     """GiB per device by purpose, as `vlm2vec estimate` counts them, for the items of some batches. No device is asked for its size."""
+    return {name: value / GIB for name, value in estimate.memory(made).items()}
+
+
+def dry_run(recipe: Recipe, world_size: int = 1) -> str:
+    """The plan as text: data mix, batch, chunks, negatives per query, what some batches hold, trainable parameters by part, memory.
+
+    Raises ModelError for a model that is nowhere known, DataError for data that are there and cannot be used.
+    """
+    mixture = mixture_at_hand(recipe)
     device, _ = find("h200")  # which one does not matter for bytes
-    held = estimate.memory(estimate.plan(recipe, device, world_size, shape=shape_like(encoder.backbone), mixture=mixture))
-    return {name: value / GIB for name, value in held.items()}
-
-
-def dry_run(recipe: Recipe, encoder: Encoder, mixture: Mixture, world_size: int = 1) -> str:
-    """The plan as text: data mix, batch, chunks, negatives per query, what some batches hold, trainable parameters by part, memory."""
-    steps, batch = total_steps(recipe, mixture), recipe.train.global_batch
-    pairs = steps * batch * recipe.train.accumulate
+    made = estimate.plan(recipe, device, world_size, mixture=mixture)
+    model = [("model", recipe.model.path), ("sizes from", made.model_source)]
+    parts = sorted(parameters_by_part(made.inventory).items())
     sections = [
-        ("recipe", [("digest", recipe.digest[:12]), ("run folder", recipe.run.dir), ("model", recipe.model.path)]),
-        ("data", [(row["name"], _source_line(row)) for row in mixture.table()]),
-        (
-            "batch",
-            [
-                ("global batch", f"{batch} pairs on {world_size} process(es), {recipe.train.accumulate} batch(es) per step"),
-                (
-                    "blocks",
-                    f"{batch // recipe.data.block} of {recipe.data.block} pairs of one source" if recipe.data.block else "none: mixed",
-                ),
-                (
-                    "negatives per query",
-                    f"{batch - 1} in the batch, and explicit ones" if recipe.loss.explicit_negatives else f"{batch - 1}",
-                ),
-                ("chunks", _chunks_line(recipe)),
-                ("steps", f"{steps} = {pairs} pairs = {pairs / len(mixture):.2f} epochs of {len(mixture)}"),
-            ],
-        ),
-        *_batches(recipe, mixture, steps * recipe.train.accumulate),
-        (
-            "trainable parameters",
-            [(part, f"{trained:,} of {total:,}") for part, (trained, total) in sorted(parameters_by_part(encoder).items())],
-        ),
-        ("memory per device, estimated", _memory_rows(memory(recipe, encoder, mixture, world_size))),
+        ("recipe", [("digest", recipe.digest[:12]), ("run folder", recipe.run.dir), *model]),
+        ("data", _data_rows(recipe, mixture, made)),
+        ("batch", _batch_rows(recipe, mixture, made.work.steps, world_size)),
+        *(_batches(recipe, mixture, made.work.steps * recipe.train.accumulate) if mixture else []),
+        ("trainable parameters", [(part, f"{trained:,} of {total:,}") for part, (trained, total) in parts]),
+        ("memory per device, estimated", _memory_rows(memory(made))),
     ]
     return "\n".join(_section(title, rows) for title, rows in sections)
+
+
+def _data_rows(recipe: Recipe, mixture: Mixture | None, made: estimate.Plan) -> list[tuple[str, str]]:
+    if mixture is None:
+        return [("missing", f"data folder {recipe.data.root} does not exist: training will refuse to start"), ("items", made.work.basis)]
+    return [(row["name"], _source_line(row)) for row in mixture.table()]
+
+
+def _batch_rows(recipe: Recipe, mixture: Mixture | None, steps: int, world_size: int) -> list[tuple[str, str]]:
+    batch, block = recipe.train.global_batch, recipe.data.block
+    pairs = steps * batch * recipe.train.accumulate
+    epochs = f" = {pairs / len(mixture):.2f} epochs of {len(mixture)}" if mixture else ""
+    return [
+        ("global batch", f"{batch} pairs on {world_size} process(es), {recipe.train.accumulate} batch(es) per step"),
+        ("blocks", f"{batch // block} of {block} pairs of one source" if block else "none: mixed"),
+        ("negatives per query", f"{batch - 1} in the batch, and explicit ones" if recipe.loss.explicit_negatives else f"{batch - 1}"),
+        ("chunks", _chunks_line(recipe)),
+        ("steps", f"{steps} = {pairs} pairs{epochs}"),
+    ]
 
 
 def _batches(recipe: Recipe, mixture: Mixture, count: int) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from vlm2vec import checkpoint, dist, io, log
 from vlm2vec.config import Recipe, TrainConfig, differences, dump, load_recipe
-from vlm2vec.data.mixture import Mixture, build_mixture
+from vlm2vec.data.mixture import mixture_of, total_steps
 from vlm2vec.encoder import TRAINED_PARTS, Encoder
 from vlm2vec.engines import prepare
 from vlm2vec.engines.compiled import compiled
@@ -105,19 +105,6 @@ def _check_parts(found: Sequence[str], trained: Sequence[str], file: Path) -> No
     for name in sorted({*found} ^ {*trained}):
         fault = "unexpected" if name in found else "missing"
         raise CheckpointError(f"{file}: tensor {name} is {fault}; go on with the recipe that wrote it")
-
-
-def mixture_of(recipe: Recipe) -> Mixture:
-    """The pairs of the recipe, in the order that its seed, blocks and global batch fix."""
-    return build_mixture(recipe.data, recipe.loss.explicit_negatives, recipe.train.global_batch, recipe.run.seed)
-
-
-def total_steps(recipe: Recipe, mixture: Mixture) -> int:
-    """Optimizer steps of the whole run."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    per_epoch = len(mixture) / (recipe.train.global_batch * recipe.train.accumulate)
-    return max(1, math.floor(per_epoch * (recipe.train.epochs or 0)))
 
 
 def learning_rate(options: TrainConfig, step: int, total: int) -> float:

@@ -20,7 +20,7 @@ from vlm2vec import prompts
 from vlm2vec.backbones.shapes import Shape
 from vlm2vec.collate import plan_chunks
 from vlm2vec.config import Recipe
-from vlm2vec.data.mixture import Mixture
+from vlm2vec.data.mixture import Mixture, mixture_of, total_steps
 from vlm2vec.data.tiny import TINY_ROOT
 from vlm2vec.data.types import ImageRef, Item
 from vlm2vec.errors import DataError
@@ -127,13 +127,16 @@ class Looker:
 
 
 def workload(recipe: Recipe, shape: Shape, looker: Looker, ranks: int, mixture: Mixture | None = None) -> Workload:
-    """Items of rank 0: from the data if the recipe's folder is there, or the `mixture` made of it; else as assumed."""
-    if mixture is not None or recipe.data.root == TINY_ROOT or Path(recipe.data.root).is_dir():
-        from vlm2vec.trainer import mixture_of, total_steps  # slow to import, and without data not needed
+    """Items of rank 0: from the data if they are there, or the `mixture` made of them; else as assumed."""
+    mixture = mixture or mixture_at_hand(recipe)
+    if mixture is None:
+        return _assumed(recipe, shape, looker, ranks)
+    return _sampled(recipe, mixture, total_steps(recipe, mixture), shape, looker, ranks)
 
-        mixture = mixture or mixture_of(recipe)
-        return _sampled(recipe, mixture, total_steps(recipe, mixture), shape, looker, ranks)
-    return _assumed(recipe, shape, looker, ranks)
+
+def mixture_at_hand(recipe: Recipe) -> Mixture | None:
+    """The recipe's pairs, None if their folder is not there. Raises DataError for a folder that holds something else."""
+    return mixture_of(recipe) if recipe.data.root == TINY_ROOT or Path(recipe.data.root).is_dir() else None
 
 
 def _sampled(recipe: Recipe, mixture: Mixture, steps: int, shape: Shape, looker: Looker, ranks: int) -> Workload:

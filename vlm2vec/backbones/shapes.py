@@ -6,7 +6,6 @@ A model of the table has the picture arithmetic of its own settings but a miniat
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,12 +57,6 @@ def shape_of(options: ModelConfig) -> Shape:
     return Shape(_on_meta(family, config, processor, options), str(folder / CONFIG), True)
 
 
-def shape_like(backbone: Backbone) -> Shape:
-    """The modules of a model that is loaded, without adapters and weights, and its processor."""
-    source = f"configuration of {backbone.options.path}"
-    return Shape(_on_meta(type(backbone), backbone.model.config, backbone.processor, backbone.options), source, True)
-
-
 def _stated_tokens(config: Any, folder: Path) -> int:
     """Tokens of a picture where a family was inferred; loading finds them with a trial, for which there are no weights here."""
     tokens = int(getattr(config, "image_seq_length", 0) or 0)
@@ -75,11 +68,11 @@ def _stated_tokens(config: Any, folder: Path) -> int:
 def _from_table(options: ModelConfig, entry: dict[str, Any]) -> Shape:
     family = family_of(entry["family"], options)
     config = AutoConfig.for_model(entry["family"], **entry["config"])
-    with tempfile.TemporaryDirectory() as made, no_bars():
-        folder = family.tiny_checkpoint(Path(made), model_type=entry["family"])
-        tiny = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        tokenizer = load_tokenizer(folder, options, family.processor_class.tokenizer_class)
-        images = type(load_image_processor(folder, options, family.processor_class.image_processor_class))(**entry["image_processor"])
+    with no_bars():
+        folder = resolve(ModelConfig(path=f"builtin/tiny-{entry['family']}"))
+    tiny = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = load_tokenizer(folder, options, family.processor_class.tokenizer_class)
+    images = type(load_image_processor(folder, options, family.processor_class.image_processor_class))(**entry["image_processor"])
     if config.image_token_id != tiny.image_token_id:
         config.image_token_id = tiny.image_token_id
     processor = family.processor_class(tokenizer, images, options, config)
@@ -101,5 +94,5 @@ def _local(options: ModelConfig) -> Path:
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"model {options.path} is neither in the cache nor in the table of known models ({', '.join(known())}); "
-            "connect once, or give a local folder as model.path"
+            "fetch its *.json files once, or give a local folder as model.path"
         ) from error

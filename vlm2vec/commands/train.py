@@ -33,9 +33,8 @@ def run(given: argparse.Namespace) -> None:
     recipe = load_recipe(given.recipe, given.overrides, tiny=given.tiny)
     if given.dry_run:
         from vlm2vec.plan import dry_run
-        from vlm2vec.trainer import load_encoder, mixture_of
 
-        say(dry_run(recipe, load_encoder(recipe, None), mixture_of(recipe)))
+        say(dry_run(recipe))
         return
     from vlm2vec import dist, pipeline
 

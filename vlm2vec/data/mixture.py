@@ -16,7 +16,7 @@ from vlm2vec.data.types import Pair
 from vlm2vec.errors import RecipeError
 
 if TYPE_CHECKING:
-    from vlm2vec.config import DataConfig
+    from vlm2vec.config import DataConfig, Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,3 +88,16 @@ def build_mixture(data: DataConfig, loss_uses_negatives: bool, global_batch: int
         seed=seed,
     )
     return Mixture(sources, order, tuple(source.cap for source in data.sources))
+
+
+def mixture_of(recipe: Recipe) -> Mixture:
+    """The pairs of the recipe, in the order that its seed, blocks and global batch fix."""
+    return build_mixture(recipe.data, recipe.loss.explicit_negatives, recipe.train.global_batch, recipe.run.seed)
+
+
+def total_steps(recipe: Recipe, mixture: Mixture) -> int:
+    """Optimizer steps of the whole run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    per_epoch = len(mixture) / (recipe.train.global_batch * recipe.train.accumulate)
+    return max(1, math.floor(per_epoch * (recipe.train.epochs or 0)))
