@@ -156,7 +156,10 @@ def test_memory_is_the_growth_at_its_peak() -> None:
 # -- savings
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.saving)
+SLOW = pytest.mark.slow  # compiles for a minute; tests/test_compiled.py holds the same on a smaller model
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=SLOW if row.on == "compiled" else (), id=row.saving) for row in ROWS])
 def test_a_saving_does_not_change_the_gradient(row: ablate.Row, setting: Setting, built: Callable[[str], Built]) -> None:
     if not all(VARIANTS[name].offered(setting.recipe) for name in (row.on, row.off)):
         pytest.skip("this version has no such switch")
