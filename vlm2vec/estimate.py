@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from vlm2vec.backbones.shapes import Shape, shape_of
+from vlm2vec.backbones.shapes import shape_of
 from vlm2vec.budget import Budget
 from vlm2vec.config import Recipe
 from vlm2vec.data.mixture import Mixture
@@ -78,16 +78,14 @@ class Plan:
         return replace(self, inventory=replace(self.inventory, stacks=tuple(stacks)))
 
 
-def plan(
-    recipe: Recipe, device: Device, ranks: int, mfu: float | None = None, shape: Shape | None = None, mixture: Mixture | None = None
-) -> Plan:
-    """Look at the model and the items of a recipe, or at those given.
+def plan(recipe: Recipe, device: Device, ranks: int, mfu: float | None = None, mixture: Mixture | None = None) -> Plan:
+    """Look at the model and the items of a recipe, or at those of the `mixture` made of it.
 
     Raises RecipeError, ModelError or DataError for what cannot be known or shared.
     """
     if recipe.train.global_batch % ranks:
         raise RecipeError(f"train.global_batch ({recipe.train.global_batch}) is not divisible by {ranks} devices")
-    shape = shape or shape_of(recipe.model)
+    shape = shape_of(recipe.model)
     inventory = take(shape.backbone, recipe)
     work = workload(recipe, shape, Looker(shape, inventory.patch), ranks, mixture)
     assumed = facts()["efficiency"]
