@@ -156,7 +156,10 @@ def test_memory_is_the_growth_at_its_peak() -> None:
 # -- savings
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.saving)
+SLOW = pytest.mark.slow  # compiles for a minute; tests/test_compiled.py holds the same on a smaller model
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, marks=SLOW if row.on == "compiled" else (), id=row.saving) for row in ROWS])
 def test_a_saving_does_not_change_the_gradient(row: ablate.Row, setting: Setting, built: Callable[[str], Built]) -> None:
     if not all(VARIANTS[name].offered(setting.recipe) for name in (row.on, row.off)):
         pytest.skip("this version has no such switch")
@@ -197,7 +200,8 @@ def test_a_run_from_end_to_end(setting: Setting, tmp_path: Path, monkeypatch: py
     said, page = capsys.readouterr().out, (tmp_path / "page.md").read_text("utf-8")
     assert json.loads((tmp_path / "out.json").read_text("utf-8")) == report.plain(results)
     (found,) = results["workloads"]
-    assert found["training"]["whole"]["ratio"].low > 0 and set(found["encoding"]) == {"distinct", "as they come"}
+    assert found["training"]["whole"]["ratio"].low > 0 and found["training"]["settled"]["model"]["ratio"].low > 0
+    assert set(found["encoding"]) == {"distinct", "distinct, packed", "as they come", "as they come, packed"}
     assert results["missing"] == ["nothing"] and "$" not in page
     for part in (report.training, report.counts, report.stages, report.ablations):
         assert part(results) in said and part(results) in page

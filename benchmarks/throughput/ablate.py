@@ -113,7 +113,7 @@ def _without_replay(ours: Ours) -> AbstractContextManager[Any]:
 def _in_input_order(ours: Ours) -> Iterator[None]:
     """Chunks of a fixed number of items as they come: as many as fit the budget if all were as long as the longest of each chunk."""
 
-    def plan(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    def plan(lengths: Sequence[int], budget: int, packed: bool) -> list[list[int]]:
         size = max(size for size in range(1, len(lengths) + 1) if size == 1 or _widest(lengths, size) <= budget)
         cut = (range(start, min(start + size, len(lengths))) for start in range(0, len(lengths), size))
         return [sorted(rows, key=lambda row: -lengths[row]) for rows in cut]  # a step takes the first of a chunk for its longest
@@ -153,6 +153,7 @@ VARIANTS: dict[str, Variant] = {
     "graphs kept": Variant((("train", "keep_tokens", EVERYTHING),)),
     "checkpointed": Variant((("train", "activation_checkpointing", True),)),
     "packed": Variant((("model", "attention", "packed"),)),
+    "settled": Variant((("model", "attention", "packed"), ("train", "keep_tokens", None))),
     "features cached": Variant((("data", "feature_cache", 1.0),)),
     "compiled": Variant((("train", "compile", True),), inside=_compiled),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.throughput.ablate import VARIANTS
 from benchmarks.throughput.floor import Arithmetic
 from benchmarks.throughput.measure import Ratio, Spent, Stages, in_turn, spent
 from benchmarks.throughput.ours import Ours, differs
@@ -68,15 +69,20 @@ def _profile(side: Side, workload: Workload) -> dict[str, float]:
     return stages.seconds
 
 
-def train(sides: Sequence[Side], workload: Workload, repeats: int) -> dict[str, Any]:
-    """Times of both sides in turn, their ratios, and the stages of one step more."""
-    _warm(sides, workload)
-    rounds = in_turn([partial(_train, side, workload) for side in sides], repeats)
+def train(sides: Sequence[Side], settled: Ours, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Times of both sides in turn, and of ours as a run settles it, their ratios, and the stages of one step more."""
+    everyone = [settled, *sides]
+    _warm(everyone, workload)
+    rounds = in_turn([partial(_train, side, workload) for side in everyone], repeats)
     times = {
         "whole": [[row["prepare"] + row["model"] for row in rows] for rows in rounds],
         "model": [[row["model"] for row in rows] for rows in rounds],
     }
-    return {**{name: _summary(each) for name, each in times.items()}, "stages": [_profile(side, workload) for side in sides]}
+    return {
+        **{name: _summary(each[1:]) for name, each in times.items()},
+        "settled": {name: _summary([each[0], *each[2:]]) for name, each in times.items()},
+        "stages": [_profile(side, workload) for side in sides],
+    }
 
 
 def _warm(sides: Sequence[Side], workload: Workload) -> None:
@@ -84,13 +90,15 @@ def _warm(sides: Sequence[Side], workload: Workload) -> None:
         side.train(side.prepare(workload.pairs))  # type: ignore[arg-type]
 
 
-def encode(sides: Sequence[Side], workload: Workload, repeats: int) -> dict[str, Any]:
-    """Times of encoding each item once; where items repeat, of all of them as they come too."""
+def encode(sides: Sequence[Side], settled: Ours, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Times of encoding each item once, by ours in packed chunks too; where items repeat, of all of them as they come."""
     sets = {"distinct": workload.distinct} | ({"as they come": workload.items} if len(workload.items) > len(workload.distinct) else {})
     found = {}
     for name, items in sets.items():
-        rounds = in_turn([partial(_encode, side, items) for side in sides], repeats)
-        found[name] = {"items": len(items), **_summary([[row["whole"] for row in rows] for rows in rounds])}
+        rounds = in_turn([partial(_encode, side, items) for side in [settled, *sides]], repeats)
+        packed, *plain = [[row["whole"] for row in rows] for rows in rounds]
+        found[name] = {"items": len(items), **_summary(plain)}
+        found[f"{name}, packed"] = {"items": len(items), **_summary([packed, *plain[1:]])}
     return found
 
 
@@ -118,12 +126,14 @@ def compare(
         found["agreement"] = agree(ours, peer, workload, setting.precision)
     sides: list[Side] = [ours, *([peer] if peer is not None else [])]
     found["counts"], peers_memory = _count(ours, peer, workload)
+    settled = Ours(setting, VARIANTS["settled"].recipe(setting.recipe))
     if only != "encoding":
-        found["training"] = train(sides, workload, repeats)
+        found["training"] = train(sides, settled, workload, repeats)
     if only != "training":
-        found["encoding"] = encode(sides, workload, repeats)
+        found["encoding"] = encode(sides, settled, workload, repeats)
     if memory is not None:
         found["memory"] = [memory("ours"), *([memory("peer", **peers_memory)] if peer is not None else [])]
+        found["settled memory"] = memory("settled")
     return found
 
 

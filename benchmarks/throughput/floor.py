@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from benchmarks.throughput.measure import spent
 from benchmarks.throughput.ours import Ours
 from benchmarks.throughput.setting import DTYPES, Setting
-from vlm2vec.backbones.shapes import shape_like
+from vlm2vec.backbones.shapes import shape_of
 from vlm2vec.collate import Features
 from vlm2vec.data.images import load_image
 from vlm2vec.data.types import Item
@@ -71,7 +71,7 @@ class Arithmetic:
     """Operations of batches on one model."""
 
     def __init__(self, ours: Ours) -> None:
-        shape = shape_like(ours.encoder.backbone)
+        shape = shape_of(ours.recipe.model)
         self.recipe, self.inventory = ours.recipe, take(shape.backbone, ours.recipe)
         assert ours.step.budget is not None, "the setting leaves nothing open"
         self.budget = ours.step.budget

@@ -65,12 +65,18 @@ def training(results: dict[str, Any]) -> str:
     rows = []
     for found in results["workloads"]:
         if "training" in found:
-            both = found["training"]
-            whole = [found["pairs"] / median(each) for each in both["whole"]["seconds"]]
-            share = both["model"].get("ratio"), both["whole"].get("computed"), both["model"].get("computed")
-            rows.append([found["name"], _pair(whole, "{:.2f}"), ratio(both["whole"].get("ratio")), *map(ratio, share)])
-    head = ["training", f"pairs/s, ours and {PEER}", "whole step", "model only", "whole, CPU time", "model, CPU time"]
+            memories = [side["training"] / MEBI for side in found.get("memory", [])]
+            settled = [found["settled memory"]["training"] / MEBI, *memories[1:]] if memories else []
+            rows.append(_training(f"{found['name']}, no graph kept", found, found["training"], memories))
+            rows.append(_training(f"{found['name']}, as a run settles it", found, found["training"]["settled"], settled))
+    head = ["training", f"pairs/s, ours and {PEER}", "whole step", "model only", "whole, CPU time", "model, CPU time", "peak memory, MiB"]
     return _table(head, rows)
+
+
+def _training(name: str, found: dict[str, Any], both: dict[str, Any], memories: Sequence[float]) -> list[str]:
+    whole = [found["pairs"] / median(each) for each in both["whole"]["seconds"]]
+    ratios = [both[part].get(kind) for kind in ("ratio", "computed") for part in ("whole", "model")]
+    return [name, _pair(whole, "{:.2f}"), *map(ratio, ratios), _pair(memories, "{:.0f}")]
 
 
 def encoding(results: dict[str, Any]) -> str:
@@ -79,7 +85,7 @@ def encoding(results: dict[str, Any]) -> str:
     for found in results["workloads"]:
         for name, both in found.get("encoding", {}).items():
             speed = [both["items"] / median(each) for each in both["seconds"]]
-            label = f"{found['name']}, items {name}" if name != "distinct" else f"{found['name']}, each item once"
+            label = f"{found['name']}, {name.replace('distinct', 'each item once')}"
             rows.append([label, _pair(speed, "{:.2f}"), ratio(both.get("ratio")), ratio(both.get("computed"))])
     return _table(["encoding", f"items/s, ours and {PEER}", "ratio", "CPU time"], rows)
 
@@ -97,12 +103,11 @@ def counts(results: dict[str, Any]) -> str:
                 _pair([side["padding"] for side in sides], "{:.1%}"),
                 _pair([side["largest"] for side in sides], "{:.0f}"),
                 _pair([useful / side["done"] for side in sides], "{:.0%}"),
-                _pair([side["training"] / MEBI for side in found.get("memory", [])], "{:.0f}"),
                 f"{useful / results['rates']['products']:.2f}",
                 _pair(_distances(found, results), "{:.2f}"),
             ]
         )
-    head = ["one step", "distinct items", "padding", "largest chunk, tokens", "useful of done", "peak memory, MiB"]
+    head = ["one step", "distinct items", "padding", "largest chunk, tokens", "useful of done"]
     head += [f"floor, {_unit(results)}", "time over floor"]
     return _table(head, rows)
 
