@@ -230,4 +230,4 @@ def test_files_of_other_libraries_are_saved_with_the_settings_in_use(folder: Pat
 
 
 def test_a_kernel_that_is_not_installed(folder: Path) -> None:
-    _refused(folder, "cannot be loaded .*[Ff]lash", attention="flash_attention_2")
+    _refused(folder, r"pip install .vlm2vec\[flash\].", attention="flash_attention_2")

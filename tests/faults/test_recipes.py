@@ -17,7 +17,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 KEY = re.compile(r"^(?P<indent> *(?:- )?)(?P<key>[a-z_]+):(?P<value>.*)$")
 NUMBER = re.compile(r"^ -?[\d.]+(e-?\d+)?\s*(#.*)?$")
 NONSENSE = ("[1, [2]]", "{x: {y: 1}}", "!!python/name:os.system", "&a 1", "*a", '"', "\t1", "? 1", "@x", "%x", "[", "{", "- 1", "'")
-NO_NUMBER = (".nan", ".inf", "-.inf", '"8"', "1_0x", "0x1g", "1e999", "true", "no", "-17", "2026-01-01", "[]", "9" * 30)
+NO_NUMBER = (".nan", ".inf", "-.inf", '"8"', "1_0x", "0x1g", "1e999", "true", "no", "-17", "2026-01-01", "[]", "9" * 400)
 
 
 def spoil(text: str, chance: random.Random) -> str:
