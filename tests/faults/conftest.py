@@ -95,8 +95,8 @@ def _table(passed: list[pytest.TestReport], owed: list[pytest.TestReport]) -> st
         if row := ELSEWHERE.get(report.nodeid.partition("::")[0]):
             counts[row] += 1
     title = TITLE.format(
-        tests=len(passed), owed=f" but {len(owed)} listed below" * bool(owed), minutes=(time.monotonic() - _began) / 60, cores=os.cpu_count(), system=platform.system(),
-        python=platform.python_version(), torch=torch.__version__.partition("+")[0],
+        tests=len(passed), owed=f" but {len(owed)} listed below" * bool(owed), minutes=(time.monotonic() - _began) / 60,
+        cores=os.cpu_count(), system=platform.system(), python=platform.python_version(), torch=torch.__version__.partition("+")[0],
     )  # fmt: skip
     rows = sorted((phase[0], int(phase[1:]), injected, outcome, count) for (phase, injected, outcome), count in counts.items())
     lines = [
