@@ -272,7 +272,7 @@ class Encoder:
 
         Call it inside `evaluating`. The model sees the picture alone, so the features depend on nothing else.
         """
-        inputs = {name: tensor.to(self.device) for name, tensor in self.processor.joined([picture]).items()}
+        inputs = moved(self.processor.joined([picture]), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             vectors = self.backbone.picture_features(inputs)
         return {**{name: tensor for name, tensor in picture.items() if name != PIXELS}, VECTORS: vectors.cpu().contiguous()}
