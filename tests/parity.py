@@ -24,7 +24,7 @@ from tests.ranks import fork_ranks
 from tests.runs import tiny_recipe
 from vlm2vec import dist
 from vlm2vec.batch import Batch, make_batch
-from vlm2vec.collate import plan_chunks
+from vlm2vec.chunks import plan_chunks
 from vlm2vec.config import Recipe
 from vlm2vec.data.types import ImageRef, Item, Pair
 from vlm2vec.engines import Engine, base, prepare, trainable, zero

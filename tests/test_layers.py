@@ -20,7 +20,8 @@ LAYERS = tuple(
     names.split()
     for names in (
         "errors io dist log signals",
-        "strict_yaml schema config memory prompts pooling quantize ranking metrics paired losses gradcache replay flops footprint devices",
+        "strict_yaml schema config memory prompts pooling chunks quantize ranking metrics paired losses gradcache replay flops footprint "
+        "devices",
         "data collate transport backbones batch feed shards cache feature_cache vectors suite composition",
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "

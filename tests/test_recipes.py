@@ -173,11 +173,11 @@ def outcome(path: Path) -> str:
 def test_damaged_trees_are_refused_with_the_place_or_valid(path: Path, tmp_path: Path) -> None:
     tree, draw, target = asdict(load_recipe(path)), random.Random(17), tmp_path / "r.yaml"
     outcomes = []
-    for _ in range(150):
+    for _ in range(40):
         target.write_text(damaged(tree, draw), encoding="utf-8")
         outcomes.append(outcome(target))
     refusals = [message for message in outcomes if message != "valid"]
-    assert len(refusals) >= 80
+    assert len(refusals) >= 20
     assert [message for message in refusals if not re.match(re.escape(str(target)) + r":\d+: ", message) or len(message) > 600] == []
 
 
@@ -187,9 +187,9 @@ def test_scribbled_files_are_refused_with_the_name_or_valid(path: Path, tmp_path
     for other in RECIPES:
         (tmp_path / other.name).write_bytes(other.read_bytes())
     outcomes = []
-    for _ in range(100):
+    for _ in range(40):
         target.write_bytes(scribbled(text, draw))
         outcomes.append(outcome(target))
     refusals = [message for message in outcomes if message != "valid"]
-    assert len(refusals) >= 30
+    assert len(refusals) >= 10
     assert [message for message in refusals if not message.startswith(str(tmp_path))] == []

@@ -19,7 +19,7 @@ from tests.runs import LORA, final_bytes, start_run, tiny_recipe
 from vlm2vec import checkpoint, io
 from vlm2vec.backbones import registry
 from vlm2vec.batch import Batch, make_batch
-from vlm2vec.collate import plan_chunks
+from vlm2vec.chunks import plan_chunks
 from vlm2vec.config import Recipe, TrainConfig
 from vlm2vec.encoder import Encoder
 from vlm2vec.engines import prepare, trainable

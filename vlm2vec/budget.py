@@ -19,7 +19,7 @@ CHUNKS = "chunks.jsonl"  # in the run folder: a row whenever the chunks were set
 
 @dataclass(frozen=True)
 class Budget:
-    """Padded tokens of a chunk, padded tokens of a batch whose graphs are kept, and whether activations are recomputed."""
+    """Tokens of a chunk, tokens of a batch whose graphs are kept, padding included in both, and whether activations are recomputed."""
 
     chunk_tokens: int
     keep_tokens: int

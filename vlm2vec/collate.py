@@ -1,4 +1,4 @@
-"""From the features of single items to chunks, padded or packed into one row; padding happens here and only here.
+"""From the features of single items to the tensors of a chunk, padded or packed into one row; padding happens here and only here.
 
 Shape letters: C items in a chunk, L tokens, T tokens of all items of a chunk.
 """
@@ -26,32 +26,6 @@ class Features:
     @property
     def nbytes(self) -> int:
         return self.input_ids.nbytes + sum(tensor.nbytes for image in self.images for tensor in image.values())
-
-
-def tokens_laid_out(lengths: Sequence[int], packed: bool = False) -> int:
-    """Tokens that a chunk of items of these `lengths` takes: with padding (longest x count), or their own where it is packed."""
-    return sum(lengths) if packed else max(lengths) * len(lengths)
-
-
-def plan_chunks(lengths: Sequence[int], budget: int, packed: bool = False) -> list[list[int]]:
-    """Group item indices so that each group takes at most `budget` tokens, as `tokens_laid_out` counts them.
-
-    Longest first, so that the first chunk shows whether memory suffices; sorted by length, so that little is padded, and that items of one
-    length are neighbours. An item longer than the budget gets a chunk of its own. Ties keep the input order: the plan is a pure function of
-    its arguments.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    chunks: list[list[int]] = []
-    room = 0
-    for index in order:
-        added = lengths[chunks[-1][0]] if chunks and not packed else lengths[index]
-        if chunks and added <= room:
-            chunks[-1].append(index)
-        else:
-            chunks.append([index])
-            room, added = budget, lengths[index]
-        room -= added
-    return chunks
 
 
 def moved(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ from vlm2vec.backbones.base import FEATURE_OPTIONS, Backbone, Processor
 from vlm2vec.backbones.pictures import PIXELS, VECTORS
 from vlm2vec.backbones.weights import misfit, read_safetensors
 from vlm2vec.batch import featurize
-from vlm2vec.collate import Features, moved, plan_chunks
+from vlm2vec.chunks import plan_chunks
+from vlm2vec.collate import Features, moved
 from vlm2vec.config import LoraConfig, ModelConfig, check_model
 from vlm2vec.data import images
 from vlm2vec.data.types import ImageRef, Item
@@ -298,7 +299,7 @@ class Encoder:
         """Embed `items` (N) -> (N, D) float32 unit rows on the CPU, in the order of the input. Equal items are computed once.
 
         Each item is a string, a PIL image or {"text", "image", "instruction"} with image a path, PIL image, bytes or a list of them.
-        `chunk_tokens` bounds the padded tokens of one forward; the result does not depend on it.
+        `chunk_tokens` bounds the tokens of one forward, padding included; the result does not depend on it.
         """
         if isinstance(items, str | dict | Image.Image | Item):
             raise InputError("encode takes a list of items; wrap the single item in a list")

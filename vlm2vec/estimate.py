@@ -121,8 +121,8 @@ def _fits(made: Plan, share: float = 1.0) -> bool:
 
 
 def kept_chunks(chunks: Sequence[Chunk], keep_tokens: int) -> int:
-    """How many of the first chunks keep their graph."""
-    return sum(padded <= keep_tokens for padded in accumulate(chunk.padded for chunk in chunks))
+    """How many of the first chunks keep their graph: one does in any case."""
+    return max(1, sum(padded <= keep_tokens for padded in accumulate(chunk.padded for chunk in chunks)))
 
 
 def operations(made: Plan) -> dict[str, float]:
@@ -176,10 +176,10 @@ def _trained_bytes(made: Plan) -> float:
 
 
 def _activations(made: Plan, chunks: Sequence[Chunk]) -> float:
-    """What graphs hold: those kept, and one more unless all are."""
+    """What graphs hold: those kept, all at once, and later those of the others, one at a time."""
     each = [chunk_bytes(made, chunk) for chunk in chunks]
     kept = kept_chunks(chunks, made.budget.keep_tokens)
-    return sum(each[:kept]) + max([0.0, *each[kept:]])
+    return max(sum(each[:kept]), *each)
 
 
 def chunk_bytes(made: Plan, chunk: Chunk) -> float:

@@ -3,7 +3,8 @@
 Source: GradCache (Gao et al. 2021, arXiv 2101.06983, section 3.2). Pass 1 embeds every chunk without a graph; the objective is
 differentiated with respect to all embeddings; pass 2 embeds each chunk again with a graph and continues backward from the cached gradient.
 The result is that of the full batch, because each chunk is run under its own seed: both passes draw the same dropout masks, on the CPU and
-on the current CUDA device. Chunks whose graphs fit in memory may keep them and are not embedded again.
+on the current CUDA device. Chunks whose graphs fit in memory keep them and are not embedded again: the first always, since pass 2 holds
+one graph at a time anyway.
 
 A step is a pure function of weights, chunks and seeds, and the caller's random stream is left as it was found.
 
@@ -69,14 +70,14 @@ def cached_backward(
     seeds: Sequence[int],
     weight: float = 1.0,
     gather: Gather | None = None,
-    keep: int = 0,
+    keep: int = 1,
     idle: int = 0,
     backward: Backward = _plain_backward,
 ) -> StepResult:
     """Add the gradient of `weight * objective(embeddings)` to `.grad`.
 
-    The first `keep` chunks hold their graph from the first pass and are encoded once; all others are encoded twice, and one graph at a time
-    is held. Memory is the price of `keep`, the gradient does not depend on it.
+    The first `keep` chunks, at least one, hold their graph from the first pass and are encoded once; all others are encoded twice, and one
+    graph at a time is held. Memory is the price of `keep`, the gradient does not depend on it.
 
     `encode(chunk)` -> (C, D) must be a pure function of chunk, weights and torch's random state; there is one seed per chunk. The objective
     gets the embeddings in chunk order. `weight` is 1/accumulate when several batches make one step. After the chunks, `idle` times the last
@@ -84,6 +85,7 @@ def cached_backward(
     """
     jobs = list(zip(chunks, seeds, strict=True))
     company = [jobs[-1]] * idle
+    keep = max(keep, 1)
     kept = [_encode_seeded(encode, chunk, seed) for chunk, seed in jobs[:keep]]
     with torch.no_grad():
         cached = [_encode_seeded(encode, chunk, seed) for chunk, seed in jobs[keep:]]

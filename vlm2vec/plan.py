@@ -82,7 +82,7 @@ def _batches(recipe: Recipe, mixture: Mixture, count: int) -> list[tuple[str, li
 
 def _chunks_line(recipe: Recipe) -> str:
     size, kept = recipe.train.chunk_tokens, recipe.train.keep_tokens
-    sizes = "as large as runs fastest, tried out before the first step" if size is None else f"at most {size} padded tokens each"
+    sizes = "as large as runs fastest, tried out before the first step" if size is None else f"at most {size} tokens each, padding included"
     return f"{sizes}; {'as many as fit' if kept is None else f'{kept} tokens of a batch'} keep their graph"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlm2vec import log, memory
 from vlm2vec.batch import Batch
 from vlm2vec.budget import Budget
-from vlm2vec.collate import plan_chunks, tokens_laid_out
+from vlm2vec.chunks import plan_chunks, tokens_laid_out
 from vlm2vec.config import TrainConfig
 from vlm2vec.engines import Engine
 from vlm2vec.errors import EnvError
@@ -74,11 +74,11 @@ def settle(options: TrainConfig, lengths: Sequence[int], attempt: Attempt, room:
     if fastest is None:
         raise EnvError(too_long(max(lengths)))
     size, mode = next((size, mode) for mode in modes for size, trial in found[mode].items() if trial.cost <= fastest * (1 + ALIKE))
-    size, longest = _first_that_fits(size, lengths, partial(attempt, recomputed=mode), packed)
+    size, fullest = _first_that_fits(size, lengths, partial(attempt, recomputed=mode), packed)
     if options.keep_tokens is not None:
         return Budget(size, options.keep_tokens, mode)
-    each = max(found[mode][size].graph / found[mode][size].tokens if size in found[mode] else 0, longest.graph / longest.tokens)
-    return Budget(size, max(0, int(((1 - SPARE) * room - longest.peak) / max(each, 1))), mode)
+    each = max(found[mode][size].graph / found[mode][size].tokens if size in found[mode] else 0, fullest.graph / fullest.tokens)
+    return Budget(size, max(0, int(((1 - SPARE) * room - fullest.peak) / max(each, 1))), mode)
 
 
 def too_long(longest: int) -> str:
@@ -115,9 +115,9 @@ def typical(lengths: Sequence[int], size: int, packed: bool = False) -> tuple[li
 
 
 def _first_that_fits(size: int, lengths: Sequence[int], attempt: Callable[[Sequence[int]], Trial], packed: bool) -> tuple[int, Trial]:
-    """The size, halved until the chunk of the longest items fits, and what that took."""
+    """The size, halved until the fullest chunk fits, and what that took; of equally full ones that with the longest items."""
     while True:
-        rows = plan_chunks(lengths, size, packed)[0]
+        rows = max(plan_chunks(lengths, size, packed), key=lambda chunk: tokens_laid_out([lengths[row] for row in chunk], packed))
         try:
             return size, attempt(rows)
         except torch.OutOfMemoryError:

@@ -190,10 +190,10 @@ class TrainConfig:
     global_batch: int = _key("contrastive pairs of a step, over all processes", within=">= 2")
     accumulate: int = _key("global batches whose gradients are averaged into one optimizer step", 1, ">= 1")
     chunk_tokens: int | None = _key(
-        "padded tokens encoded at once during training; null means what runs fastest, tried out before the first step", None, "> 0"
+        "tokens encoded at once during training, padding included; null means what runs fastest, tried out before step 1", None, "> 0"
     )
     keep_tokens: int | None = _key(
-        "padded tokens of a batch encoded once, their graph kept, the others twice; null means as many as memory holds", None, ">= 0"
+        "tokens of a batch, padding included, encoded once with their graph kept, others twice; null means what memory holds", None, ">= 0"
     )
     replay_gib: float = _key("outputs of frozen towers held from the first pass to the second; more are computed twice", 8.0, ">= 0")
     lr: float = _key("peak learning rate", within="> 0")
@@ -239,7 +239,7 @@ class EvaluateConfig:
     before: bool = _key("evaluate before the first step", False)
     after: bool = _key("evaluate after the last step", True)
     limit: int | None = _key("queries per set; null means all", None, ">= 1")
-    chunk_tokens: int = _key("padded tokens encoded at once", 32768, "> 0")
+    chunk_tokens: int = _key("tokens encoded at once, padding included", 32768, "> 0")
     protocol: Literal["strict", "reference"] = _key("strict: a tie is a miss; reference: the choices of VLM2Vec's own evaluation", "strict")
 
 

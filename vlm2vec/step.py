@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlm2vec import budget, dist, io, log, probe
 from vlm2vec.batch import Batch
 from vlm2vec.budget import CHUNKS, Budget
-from vlm2vec.collate import plan_chunks, tokens_laid_out
+from vlm2vec.chunks import plan_chunks, tokens_laid_out
 from vlm2vec.config import Recipe
 from vlm2vec.engines import Engine
 from vlm2vec.errors import EnvError, NonFiniteError

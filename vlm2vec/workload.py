@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlm2vec import prompts
 from vlm2vec.backbones.shapes import Shape
-from vlm2vec.collate import plan_chunks
+from vlm2vec.chunks import plan_chunks
 from vlm2vec.config import Recipe
 from vlm2vec.data.mixture import Mixture, mixture_of, total_steps
 from vlm2vec.data.tiny import TINY_ROOT

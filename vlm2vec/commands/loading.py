@@ -25,7 +25,7 @@ def device_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--autocast", choices=["fp32", "bf16"], default="fp32", help="number format of the forward pass (default: fp32)")
     command.add_argument("--device", help="cpu, cuda or cuda:<n> (default: a GPU if there is one)")
     command.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's model section, as positions=flat")
-    command.add_argument("--chunk-tokens", type=positive, default=32768, help="padded tokens of one forward (default: 32768)")
+    command.add_argument("--chunk-tokens", type=positive, default=32768, help="tokens of one forward, padding included (default: 32768)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode pictures ahead (default: 0)")
 
 
