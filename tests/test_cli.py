@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -207,9 +206,7 @@ def test_encode_on_two_processes_makes_the_bytes_of_one(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_and_teaches() -> None:
-    started = time.perf_counter()
     done = call("--help")
-    assert time.perf_counter() - started < 20
     assert "--dry-run" in done.stdout and "--tiny" in done.stdout and "exit codes" in done.stdout
     assert call(launcher=[sys.executable, "-X", "importtime"]).stderr.count("torch") == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -229,19 +228,3 @@ def test_flips_are_the_queries_that_one_alone_got_right(both: list[Measured]) ->
     assert [flip.first["row"] for flip in found[:4]] != [100, 101, 102, 103]  # chosen by hash, not by place
     assert found == flips(*both, "Groceries", most=4) and not flips(*both, "Names", most=4)
     assert len(flips(*both, "Icons", most=99)) == 4
-
-
-def test_36_sets_of_1000_queries_take_seconds() -> None:
-    stream = np.random.default_rng(0)
-    names = [f"set {index}" for index in range(36)]
-    entry = {"meta_task": "vqa", "split": "IND", "metric": "precision@1", "n": 1000, "candidates": 5}
-    made = []
-    for name in ("one", "two"):
-        sets = {
-            key: Outcomes(tuple(map(str, range(1000))), stream.random(1000), np.zeros(1000, bool), np.zeros(1000, int)) for key in names
-        }
-        told = {"suite": "x", "protocol": {}, "model": {"path": "", "fingerprint": ""}, "sets": dict.fromkeys(names, entry)}
-        made.append(Measured(Path(f"{name}.json"), told, sets))
-    started = time.perf_counter()
-    compare(made)
-    assert time.perf_counter() - started < 10
