@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_the_pairs_as_they_were_drawn(chunk_tokens: int, tmp
 
 
 def test_chunks_that_fit_are_encoded_once_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted by padded tokens: of the chunks in their order, as many keep their graph as `keep_tokens` holds."""
+    """Counted by padded tokens: of the chunks in their order, as many keep their graph as `keep_tokens` holds, and the first always."""
     recipe = tiny_recipe(tmp_path)
     embed, tokens = Step._embed, []
 
@@ -158,9 +158,9 @@ def test_chunks_that_fit_are_encoded_once_and_change_nothing(tmp_path: Path, mon
 
     monkeypatch.setattr(Step, "_embed", counted)
     expected = gradients(recipe)
-    chunks = tokens[: len(tokens) // 2]
-    assert tokens == chunks * 2 and len(chunks) > 2
-    for keep_tokens, kept in [(chunks[0] - 1, 0), (sum(chunks[:2]), 2), (sum(chunks), len(chunks))]:
+    chunks = tokens[: (len(tokens) + 1) // 2]
+    assert tokens == [*chunks, *chunks[1:]] and len(chunks) > 2
+    for keep_tokens, kept in [(chunks[0] - 1, 1), (sum(chunks[:2]), 2), (sum(chunks), len(chunks))]:
         tokens.clear()
         errors = relative_errors(gradients(changed(recipe, "train", keep_tokens=keep_tokens)), expected)
         assert tokens == chunks + chunks[kept:]

@@ -74,11 +74,11 @@ def settle(options: TrainConfig, lengths: Sequence[int], attempt: Attempt, room:
     if fastest is None:
         raise EnvError(too_long(max(lengths)))
     size, mode = next((size, mode) for mode in modes for size, trial in found[mode].items() if trial.cost <= fastest * (1 + ALIKE))
-    size, fullest = _first_that_fits(size, lengths, partial(attempt, recomputed=mode), packed)
+    size, hungriest = _first_that_fits(size, lengths, partial(attempt, recomputed=mode), packed)
     if options.keep_tokens is not None:
         return Budget(size, options.keep_tokens, mode)
-    each = max(found[mode][size].graph / found[mode][size].tokens if size in found[mode] else 0, fullest.graph / fullest.tokens)
-    return Budget(size, max(0, int(((1 - SPARE) * room - fullest.peak) / max(each, 1))), mode)
+    each = max(found[mode][size].graph / found[mode][size].tokens if size in found[mode] else 0, hungriest.graph / hungriest.tokens)
+    return Budget(size, max(0, int(((1 - SPARE) * room - hungriest.peak) / max(each, 1))), mode)
 
 
 def too_long(longest: int) -> str:
@@ -115,11 +115,18 @@ def typical(lengths: Sequence[int], size: int, packed: bool = False) -> tuple[li
 
 
 def _first_that_fits(size: int, lengths: Sequence[int], attempt: Callable[[Sequence[int]], Trial], packed: bool) -> tuple[int, Trial]:
-    """The size, halved until the fullest chunk fits, and what that took; of equally full ones that with the longest items."""
+    """The size, halved until the chunks that need most fit, and what the hungrier one took.
+
+    The longest items need the most memory a token, the fullest chunk has the most tokens.
+    """
     while True:
-        rows = max(plan_chunks(lengths, size, packed), key=lambda chunk: tokens_laid_out([lengths[row] for row in chunk], packed))
+        chunks = plan_chunks(lengths, size, packed)
+        fullest = max(chunks, key=lambda chunk: tokens_laid_out([lengths[row] for row in chunk], packed))
+        trials = []
         try:
-            return size, attempt(rows)
+            for rows in [chunks[0]] if fullest is chunks[0] else [chunks[0], fullest]:
+                trials.append(attempt(rows))  # an error belongs to the last `rows`
+            return size, max(trials, key=lambda trial: trial.peak)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise EnvError(too_long(max(lengths))) from None
