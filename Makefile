@@ -9,7 +9,7 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 .DEFAULT_GOAL := help
 # one process, or PROCESSES of them with a GPU each
 EVAL = $(if $(PROCESSES),$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no --module vlm2vec,$(BIN)/vlm2vec)
-.PHONY: help install demo demo-short eval-mmeb bench test test-slow test-faults lint clean
+.PHONY: help install demo demo-short eval-mmeb push bench test test-slow test-faults lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,10 +36,18 @@ eval-mmeb: install ## score MODEL=... on the 36 sets of MMEB (ROOT=folder of the
 	@test -n "$(MODEL)" || { echo 'say which model: make eval-mmeb MODEL=TIGER-Lab/VLM2Vec-Qwen2VL-2B, or MODEL=runs/phi35_lora/model' >&2; exit 2; }
 	$(EVAL) eval $(MODEL) --suite $(or $(SUITE),mmeb) $(if $(ROOT),--root $(ROOT)) $(ARGS)
 
+push: install ## put DIR=... (written by vlm2vec export) onto the Hub as TO=owner/name (ARGS="--dry-run")
+	@test -n "$(DIR)" -a -n "$(TO)" || { echo 'say what goes where: make push DIR=exported TO=you/my-embedder' >&2; exit 2; }
+	$(BIN)/vlm2vec push $(DIR) $(TO) $(ARGS)
+
 bench: $(VENV)/.bench ## speed and memory beside sentence-transformers, in one run (ARGS="--quick": 2 minutes; see benchmarks/throughput)
 	$(BIN)/python -m benchmarks.throughput.run $(ARGS)
 
-$(VENV)/.bench: $(VENV)/.installed
+$(VENV)/.push: install ## put DIR=... (written by vlm2vec export) onto the Hub as TO=owner/name (ARGS="--dry-run")
+	@test -n "$(DIR)" -a -n "$(TO)" || { echo 'say what goes where: make push DIR=exported TO=you/my-embedder' >&2; exit 2; }
+	$(BIN)/vlm2vec push $(DIR) $(TO) $(ARGS)
+
+bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	touch $@
 

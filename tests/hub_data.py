@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.hub_server import Hub
-from vlm2vec.data import hub
+from vlm2vec import remote
 from vlm2vec.data.fetch import Request, request_for
 
 TOKEN = "hf_canary_never_to_be_seen"
@@ -79,7 +79,7 @@ def connect(running: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(remote, "WAITS", (0, 0, 0))
 
 
 def wanted(to: Path, *names: str, dataset: str = "mmeb-eval", **options: Any) -> Request:

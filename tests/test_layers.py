@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = tuple(
     names.split()
     for names in (
-        "errors io dist log signals",
+        "errors io dist log remote signals",
         "strict_yaml schema config memory prompts pooling chunks quantize ranking metrics paired losses gradcache replay flops footprint "
         "devices",
         "data collate transport backbones batch feed shards cache feature_cache vectors suite composition",
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "
-        "formats report pipeline",
+        "formats report pipeline push",
         "cli commands __main__",
     )
 )

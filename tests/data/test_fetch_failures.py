@@ -16,6 +16,7 @@ import pytest
 
 from tests.hub_data import BIG, EVAL, TOKEN, below, connect, eval_files, png, wanted, zipped
 from tests.hub_server import Failure, Hub
+from vlm2vec import remote
 from vlm2vec.cli import main
 from vlm2vec.data import hub
 from vlm2vec.data.fetch import fetch, preview
@@ -67,7 +68,7 @@ def test_passing_failures_are_waited_for(
     place: str, status: int, server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr(hub, "WAITS", (1, 2, 4))
     server.failures.append(Failure(place, status, times=2, headers={"Retry-After": "7"} if status == 429 else {}, error="busy, come back"))
     fetch(wanted(tmp_path))

@@ -9,29 +9,23 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, get_token, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from vlm2vec.data.archives import unsafe
-from vlm2vec.errors import DataError, EnvError, Vlm2VecError
+from vlm2vec.errors import DataError, EnvError
 from vlm2vec.io.disk import DiskErrors
 from vlm2vec.io.faults import fault
 from vlm2vec.log import get_logger
+from vlm2vec.remote import FAILURES, TIMEOUT, Patience, explained
 
 BLOCK = 1 << 20  # bytes read from a file at once
 PIECE = 1 << 16  # bytes of a download written at once: what a broken connection loses at most
-WAITS = (1, 2, 4, 8, 16)  # seconds before each new attempt that follows one without progress
-LONGEST_WAIT = 300  # seconds, whatever a server asks for
-TIMEOUT = 60  # seconds without a byte
-TRANSIENT = (408, 429, 500, 502, 503, 504)
-FAILURES = (HTTPError, OfflineModeIsEnabled, HFValidationError)
 
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 _logger = get_logger(__name__)
@@ -55,7 +49,7 @@ def commit_of(repository: str, revision: str) -> str:
     """The commit that a branch, tag or commit of a dataset repository stands for."""
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     what = f"dataset {repository}@{revision}"
-    patience = _Patience(what)
+    patience = Patience(what)
     while True:
         try:
             found = api.dataset_info(repository, revision=revision, timeout=TIMEOUT).sha
@@ -134,7 +128,7 @@ def fetch_file(file: RemoteFile, to: Path, parts: Path, progress: Any) -> None:
 
 def _fetch_part(file: RemoteFile, part: Path, progress: Any) -> None:
     """Append what is missing, again and again until all is there or there is no progress."""
-    patience = _Patience(str(file))
+    patience = Patience(str(file))
     have = _size(part)
     progress.update(have)
     while not part.exists() or have < file.bytes:
@@ -171,67 +165,3 @@ def _append(file: RemoteFile, part: Path, have: int, progress: Any) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-# -- what goes wrong ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Patience:
-    """Waits between attempts, longer each time there was no progress, and gives up with an error in words."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._tries = what, 0
-
-    def wait(self, error: Exception, progressed: bool = False) -> None:
-        """Sleep, or raise what `error` means for the user when another attempt is no use."""
-        self._tries = 1 if progressed else self._tries + 1
-        if not _transient(error) or self._tries > len(WAITS):
-            raise explained(error, self._what) from None  # the cause holds request headers
-        pause = min(max(WAITS[self._tries - 1], _asked_for(error)), LONGEST_WAIT)
-        _logger.warning("%s: %s; trying again in %d s", self._what, words(error), pause)
-        time.sleep(pause)
-
-
-def _status(error: Exception) -> int:
-    """The HTTP status behind an error, 0 if there was no answer."""
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-
-
-def _transient(error: Exception) -> bool:
-    if isinstance(error, OfflineModeIsEnabled | HFValidationError):
-        return False
-    return not _status(error) or _status(error) in TRANSIENT
-
-
-def _asked_for(error: Exception) -> int:
-    """Seconds that the server asks to wait."""
-    value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) and error.response is not None else ""
-    return int(value) if value.strip().isdigit() else 0
-
-
-def words(error: Exception) -> str:
-    """What the server said, or the client if no server did, on one line, without the token and without signed addresses."""
-    status = f"{_status(error)} " if _status(error) else ""
-    text = getattr(error, "server_message", None) or str(error).partition("\n")[0] or type(error).__name__
-    token = get_token()
-    hidden = text.replace(token, "<token>") if token else text
-    return status + " ".join(word.partition("?")[0] if "://" in word else word for word in hidden.split())[:300]
-
-
-def explained(error: Exception, what: str) -> Vlm2VecError:
-    """The error that a user should see."""
-    said, status = words(error), _status(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return DataError(f"{what} is not here and the Hub may not be asked (HF_HUB_OFFLINE is set); unset it once to fetch it")
-    if isinstance(error, HFValidationError):
-        return DataError(f"{what}: {said}")
-    if isinstance(error, GatedRepoError) or status == 403:
-        return DataError(f"{what}: access refused ({said}); accept its terms on the Hub and set HF_TOKEN to a token that may read it")
-    if status == 401:
-        return DataError(f"{what}: not found or private ({said}); check the name, and set HF_TOKEN to a token that may read it")
-    if status == 404:
-        return DataError(f"{what}: not found ({said}); check the name and the revision")
-    if status and status not in TRANSIENT:
-        return DataError(f"{what}: refused ({said})")
-    reason = "the server failed" if status else "no connection"
-    return EnvError(f"{what}: {reason} ({said}); run the same command again later: it goes on where it stopped")
