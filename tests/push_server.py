@@ -1,4 +1,4 @@
-"""The part of the Hub that a push speaks to, on loopback: repositories of models with branches, large files, commits; failures on demand."""
+"""The part of the Hub that a push speaks to, on loopback: model repositories, branches, large files, commits; failures on demand."""
 
 from __future__ import annotations
 

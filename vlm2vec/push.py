@@ -133,7 +133,7 @@ def require_complete(folder: Path, without_results: bool = False) -> None:
 
 def _require_finite(file: Path) -> None:
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():
+        for name in tensors.keys():  # noqa: SIM118 - it is no mapping
             tensor = tensors.get_tensor(name)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NonFiniteError(f"{file}: {name} holds NaN or infinity; nothing was sent")
@@ -173,7 +173,7 @@ def _ours(api: HfApi, repository: str, remote: Remote) -> frozenset[str]:
 
 def _commit(api: HfApi, folder: Path, repository: str, revision: str, remote: Remote, changes: Changes) -> str:
     """Send what must change and name it in one commit on top of `remote`; returns the new commit."""
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, folder / name) for name in changes.add),
         *(CommitOperationDelete(name) for name in changes.remove),
     ]

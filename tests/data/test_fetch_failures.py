@@ -69,7 +69,7 @@ def test_passing_failures_are_waited_for(
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=slept.append))
-    monkeypatch.setattr(hub, "WAITS", (1, 2, 4))
+    monkeypatch.setattr(remote, "WAITS", (1, 2, 4))
     server.failures.append(Failure(place, status, times=2, headers={"Retry-After": "7"} if status == 429 else {}, error="busy, come back"))
     fetch(wanted(tmp_path))
     assert slept == ([7, 7] if status == 429 else [1, 2]) and f"{status} busy, come back; trying again" in caplog.text

@@ -12,8 +12,9 @@ HELP = """Put a folder that `vlm2vec export` wrote onto the Hugging Face Hub, al
     vlm2vec push exported you/my-embedder                 make the repository where it is missing, and send
     vlm2vec push exported you/my-embedder --private --revision trial
 
-Run it again after whatever stopped it: what the Hub holds already is not sent twice, and a folder that is there as it is changes nothing. The
-repository holds the old version or the new one, never a mix. HF_TOKEN, or `hf auth login`, gives the right to write; it is never shown."""
+Run it again after whatever stopped it: what the Hub holds already is not sent twice, and a folder that is there already changes nothing.
+The repository holds the old version or the new one, never a mix. HF_TOKEN, or `hf auth login`, gives the right to write; it is never
+shown."""
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
