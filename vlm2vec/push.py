@@ -19,7 +19,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 from safetensors import safe_open
 
-from vlm2vec import __version__
 from vlm2vec.data.hub import checksum_of
 from vlm2vec.errors import EnvError, InputError, ManifestError, NonFiniteError
 from vlm2vec.io import MANIFEST, read_json, verify_manifest
@@ -177,7 +176,7 @@ def _commit(api: HfApi, folder: Path, repository: str, revision: str, remote: Re
         *(CommitOperationAdd(name, folder / name) for name in changes.add),
         *(CommitOperationDelete(name) for name in changes.remove),
     ]
-    message = f"Written by vlm2vec {__version__}"
+    message = f"{folder.name}, written by vlm2vec"
     try:
         return api.create_commit(repository, operations, commit_message=message, revision=revision, parent_commit=remote.commit).oid
     except HfHubHTTPError as error:
