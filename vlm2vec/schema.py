@@ -125,7 +125,7 @@ class SourceConfig:
     """One dataset of the mixture."""
 
     name: str = _key("name in logs and errors")
-    path: str | None = _key("folder under data.root; null means the name", None)
+    path: str | None = _key("folder or file under data.root; null means the name", None)
     split: str = _key("split to read", "original")
     weight: float | None = _key("share in the mixture, relative to the others; null means its number of rows", None, ">= 0")
     cap: int | None = _key("use at most this many rows; null means all", None, ">= 1")
@@ -234,7 +234,7 @@ class CheckpointConfig:
 class EvaluateConfig:
     """The benchmark that runs with the training."""
 
-    suite: str | None = _key("name under benchmarks/ or path of a datasets.yaml; null means no evaluation", None)
+    suite: str | None = _key("name under benchmarks/, or path of a datasets.yaml or of a file of pairs; null means no evaluation", None)
     root: str | None = _key("folder of the benchmark's data; null means the suite's own", None)
     before: bool = _key("evaluate before the first step", False)
     after: bool = _key("evaluate after the last step", True)

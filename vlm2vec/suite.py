@@ -11,7 +11,7 @@ from typing import Literal
 from vlm2vec import metrics
 from vlm2vec.data.tiny import TINY_ROOT, tiny_root
 from vlm2vec.errors import DataError, InputError, RecipeError
-from vlm2vec.io import sha256_bytes
+from vlm2vec.io import digest, sha256_bytes
 from vlm2vec.strict_yaml import build, nearest, parse
 
 FILE = "datasets.yaml"
@@ -38,7 +38,8 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class SetSpec:
-    """One evaluation set. `path` is its folder below the data root; `queries` rows with `candidates` candidates each (the median).
+    """One evaluation set. `path` is its folder, or a file of one's own data, below the data root; `queries` rows with `candidates`
+    candidates each (the median). A suite that is a lone data file knows no counts: they are 0.
 
     `scope` global: one corpus of `candidates` entries for all queries. `distinct` counts the different candidates of a local set. `query`
     and `target` show how a row reads, {text} standing for its own words and a backslash with n for a newline. `train` is the training set
@@ -119,9 +120,13 @@ class Suite:
 def load_suite(name_or_path: str | Path, root: str | Path | None = None) -> Suite:
     """Read a suite by the path of its `datasets.yaml` (or of the folder that holds it) or by its name under `benchmarks/`.
 
+    A path that ends in .jsonl or .parquet is a suite of one set, the rows of that file, which lies below `root` (None: in its folder).
+
     `benchmarks/` is looked for in the current folder and beside the package. `root` is the folder of the data; None means the one the suite
     names, looked for beside its file, in the current folder and in `data/`. Raises DataError naming the file and the row.
     """
+    if is_data_file(name_or_path):
+        return _lone(Path(name_or_path), Path(root) if root else None)
     file = suite_file(str(name_or_path))
     data = file.read_bytes()
     try:
@@ -133,6 +138,34 @@ def load_suite(name_or_path: str | Path, root: str | Path | None = None) -> Suit
     return Suite(
         sheet.suite, sheet.description, Path(root or _data_root(file, sheet)), sheet.sets, sheet.train, sha256_bytes(data), sheet.get
     )
+
+
+def is_data_file(name_or_path: str | Path) -> bool:
+    """Whether what should name a suite names a file of rows."""
+    return Path(name_or_path).suffix in (".jsonl", ".parquet")
+
+
+def _lone(file: Path, root: Path | None) -> Suite:
+    """The suite of one data file: all its rows against all that they name, scored by precision@1."""
+    if not file.is_file():
+        raise DataError(f"{file} not found: a suite is a name under benchmarks/, a {FILE}, or a file of pairs")
+    root = root or file.parent
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{file} must lie below {root}, the root at which the paths of its pictures start")
+    spec = SetSpec(
+        name=file.stem,
+        path=file.resolve().relative_to(root.resolve()).as_posix(),
+        scope="global",
+        meta_task="retrieval",
+        split="IND",
+        query_modality="any",
+        target_modality="any",
+        queries=0,
+        candidates=0,
+        source="one's own data",
+        licence="not stated",
+    )
+    return Suite(file.stem, f"the pairs of {file.name}", root, (spec,), (), digest(dataclasses.asdict(spec)))
 
 
 def _data_root(file: Path, sheet: _Sheet) -> Path:

@@ -26,7 +26,7 @@ from vlm2vec.data.types import ImageRef, Item
 from vlm2vec.errors import DataError
 from vlm2vec.flops import Chunk, Grid
 from vlm2vec.strict_yaml import parse, plain
-from vlm2vec.suite import suite_file
+from vlm2vec.suite import is_data_file, suite_file
 
 Size = tuple[int, int]  # width and height in pixels
 ITEMS = "items.yaml"  # beside a suite's datasets.yaml: what its training sets cost
@@ -199,7 +199,7 @@ def _assumed(recipe: Recipe, shape: Shape, looker: Looker, ranks: int) -> Worklo
 
 def _table(recipe: Recipe) -> tuple[dict[str, Any], dict[str, int], str]:
     """Costs and rows of training sets by name, and what to call the source."""
-    if recipe.evaluate.suite is None:
+    if recipe.evaluate.suite is None or is_data_file(recipe.evaluate.suite):
         return {}, {}, f"every pair a query of {UNKNOWN['query']} and a target of {UNKNOWN['target']}"
     file = suite_file(recipe.evaluate.suite)
     rows = {row["name"]: row["rows"] for row in plain(parse(file.read_bytes(), str(file))).get("train", [])}

@@ -1,4 +1,4 @@
-"""`vlm2vec data list | get | make | check`: the data of benchmarks and trainings."""
+"""`vlm2vec data list | get | make | check`, and what `own` adds: the data of benchmarks and trainings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vlm2vec import io
-from vlm2vec.commands import positive, say
+from vlm2vec.commands import own, positive, say
 from vlm2vec.errors import DataError
 
 HELP = """Fetch, build, make up or check data.
@@ -16,7 +16,13 @@ HELP = """Fetch, build, make up or check data.
   vlm2vec data get mmeb-eval --dry-run                   what is missing of MMEB's evaluation sets, and the room it takes
   vlm2vec data get mmeb-train --subset A-OKVQA CIRR      two of the training sets, into data/MMEB-train
   vlm2vec data make data/mmeb-made                       all of MMEB's sets made up in seconds, to try things out
-  vlm2vec data check data/MMEB-eval                      is everything there, under the right names, and readable?"""
+  vlm2vec data check data/MMEB-eval                      is everything there, under the right names, and readable?
+
+Your own pairs (docs/own_data.md):
+
+  vlm2vec data from-folder photos                        pictures with captions become photos/pairs.jsonl
+  vlm2vec data validate photos/pairs.jsonl               what is wrong, with file and line, and what it holds
+  vlm2vec data split photos/pairs.jsonl --eval 0.1 --to photos/split"""
 
 GET_HELP = """Fetch a dataset from the Hub: every file is checked against its checksum, archives are unpacked and removed.
 
@@ -68,6 +74,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     check.add_argument("--workers", type=int, default=8, help="threads that open pictures (default: 8)")
     check.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     check.set_defaults(run=_check)
+    own.arguments(actions)
 
 
 def _list(given: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ HELP = """Score a model on a benchmark suite: precision@1 with 95 % intervals, a
   vlm2vec eval TIGER-Lab/VLM2Vec-Full --suite mmeb                          a published checkpoint
   vlm2vec eval runs/lora/model --suite mmeb --root /data/MMEB-eval        the benchmark's data elsewhere
   vlm2vec eval MODEL --suite mmeb --subset OK-VQA CIRR --limit 100        a quick look
+  vlm2vec eval MODEL --suite photos/split/eval.jsonl --root photos        your own pairs: each query against all that the file names
   vlm2vec eval MODEL --suite mmeb --dims 64 256 --precisions int8 binary  what shorter and coarser vectors cost, in the same run
   accelerate launch --multi_gpu --num_processes 8 --module vlm2vec eval MODEL --suite mmeb
 
@@ -28,7 +29,7 @@ prompt or a weight and only what it touches is encoded anew. The results are <to
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     model_arguments(command)
-    command.add_argument("--suite", default="mini", help="a name under benchmarks/ or a datasets.yaml (default: mini)")
+    command.add_argument("--suite", default="mini", help="a name under benchmarks/, a datasets.yaml or a file of pairs (default: mini)")
     command.add_argument("--root", help="folder of the suite's data (default: what the suite names)")
     command.add_argument("--subset", nargs="+", metavar="SET", help="only these sets")
     command.add_argument("--limit", type=positive, help="at most this many queries per set, chosen by a hash")

@@ -64,10 +64,11 @@ class Row:
     def id(self) -> str | int:
         """Its id, or its number."""
         found = self.values.get("id") if isinstance(self.values, dict) else None
-        return found if _is_id(found) else self.number
+        return found if is_id(found) else self.number
 
 
-def _is_id(value: Any) -> TypeGuard[str | int]:
+def is_id(value: Any) -> TypeGuard[str | int]:
+    """Whether a value may be an id: a string or a whole number."""
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
@@ -187,7 +188,7 @@ def _marks(file: Path, index: int, first: int, columns: Mapping[str, str] | None
 
 def _row_groups(file: Path, index: int, first: int, columns: Mapping[str, str]) -> tuple[list[Piece], str]:
     """The row groups of a parquet file, and what identifies the file."""
-    with _reading(file), pq.ParquetFile(file) as parquet:
+    with reading_parquet(file), pq.ParquetFile(file) as parquet:
         names = parquet.schema_arrow.names
         counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
     wanted = [columns.get(key, key) for key in ("text", "image")]
@@ -204,7 +205,7 @@ def _row_groups(file: Path, index: int, first: int, columns: Mapping[str, str]) 
     return pieces, f"{state.st_size} bytes, changed {state.st_mtime_ns}"
 
 
-class _reading:
+class reading_parquet:
     """Context that names the parquet file that cannot be read."""
 
     def __init__(self, file: Path) -> None:
@@ -304,7 +305,7 @@ def _values(line: bytes, names: Mapping[str, str]) -> dict[str, Any] | str:
 
 
 def _parquet_rows(file: Path, piece: Piece, parts: Sequence[range], names: Mapping[str, str], called: str) -> Iterator[Row]:
-    with _reading(file), pq.ParquetFile(file, buffer_size=_BUFFER) as parquet:
+    with reading_parquet(file), pq.ParquetFile(file, buffer_size=_BUFFER) as parquet:
         schema = parquet.schema_arrow
         present = {key: name for key, name in names.items() if name in schema.names}
         holds_pictures = "image" in present and not pa.types.is_string(schema.field(present["image"]).type)
@@ -347,7 +348,7 @@ def item_of(row: Row, images: Path, instruction: str = "") -> Item:
     """
     if isinstance(row.values, str):
         raise DataError(f"{row.place}: {row.values}")
-    if row.values.get("id") is not None and not _is_id(row.values["id"]):
+    if row.values.get("id") is not None and not is_id(row.values["id"]):
         raise DataError(f"{row.place}: id must be a string or a whole number, got {_called(row.values['id'])}")
     text, own = (_text(row, key) for key in ("text", "instruction"))
     found = row.values.get("image")

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vec import io
 from vlm2vec.data.mmeb import TrainRows, read_train
+from vlm2vec.data.own.read import OwnPairs, is_own, read_pairs
+from vlm2vec.data.readers import find_files
 from vlm2vec.data.sampler import Array, Order
 from vlm2vec.data.tiny import TINY_ROOT, tiny_root
 from vlm2vec.data.types import Pair
 from vlm2vec.errors import RecipeError
 
 if TYPE_CHECKING:
-    from vlm2vec.config import DataConfig, Recipe
+    from vlm2vec.config import DataConfig, Recipe, SourceConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """Pairs by global batch. A batch is read when asked for, on its own: what came before it is neither read nor counted through."""
 
-    sources: tuple[TrainRows, ...]
+    sources: tuple[TrainRows | OwnPairs, ...]
     order: Order
     caps: tuple[int | None, ...]
 
@@ -75,10 +77,7 @@ def build_mixture(data: DataConfig, loss_uses_negatives: bool, global_batch: int
     """
     folders = [source.path or source.name for source in data.sources]
     root = tiny_root(folders) if data.root == TINY_ROOT else Path(data.root)
-    sources = tuple(
-        read_train(root, source.name, folder, source.split, source.cap, seed, loss_uses_negatives, source.take)
-        for source, folder in zip(data.sources, folders, strict=True)
-    )
+    sources = tuple(_open(root, source, folder, seed, loss_uses_negatives) for source, folder in zip(data.sources, folders, strict=True))
     order = Order(
         names=[source.name for source in sources],
         sizes=[len(source) for source in sources],
@@ -88,6 +87,14 @@ def build_mixture(data: DataConfig, loss_uses_negatives: bool, global_batch: int
         seed=seed,
     )
     return Mixture(sources, order, tuple(source.cap for source in data.sources))
+
+
+def _open(root: Path, source: SourceConfig, path: str, seed: int, negatives: bool) -> TrainRows | OwnPairs:
+    """A source in the layout that its first file has: MMEB's, or the schema of one's own data."""
+    files = find_files(root, path, source.split)
+    if is_own(files[0]):
+        return read_pairs(root, source.name, files, source.cap, seed, negatives, source.take)
+    return read_train(root, source.name, path, source.split, source.cap, seed, negatives, source.take)
 
 
 def mixture_of(recipe: Recipe) -> Mixture:

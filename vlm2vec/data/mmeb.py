@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlm2vec.data.corpus import read_corpus
+from vlm2vec.data.own.read import is_own, read_own_set
 from vlm2vec.data.readers import Column, find_files, read_rows
 from vlm2vec.data.sampler import choose_rows
 from vlm2vec.data.sides import Sides, appearance, check_sides, flat_sides, instruct, make_item, numbered
@@ -122,8 +123,11 @@ class Form:
 def read_set(root: Path, spec: SetSpec, image_root: Path) -> EvalSet:
     """The set that a suite describes: rows with candidates of their own, or one corpus for all queries (`spec.scope`).
 
-    Raises DataError or PathError as `read_eval` and `corpus.read_corpus` do.
+    A path that names a file of one's own data is read as that; the paths of its pictures start at `root`, as in training. Raises DataError
+    or PathError as `read_eval`, `corpus.read_corpus` and `own.read.read_own_set` do.
     """
+    if is_own(root / spec.path):
+        return read_own_set(root, spec)
     if spec.scope == "global":
         return read_corpus(root, spec, image_root)
     forms = Form(spec.query, "I" in spec.query_modality), Form(spec.target, "I" in spec.target_modality)

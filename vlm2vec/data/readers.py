@@ -99,6 +99,12 @@ def splits_of(folder: Path) -> dict[str, list[re.Match[str]]]:
     return splits
 
 
+def split_of(name: str) -> str:
+    """The split that the name of a dataset file tells, such as train of train-00000-of-00002.parquet; the name itself if it tells none."""
+    match = _FILE.fullmatch(name)
+    return match["split"] if match else name
+
+
 def _complete(place: Path, split: str, matches: list[re.Match[str]]) -> list[Path]:
     """Paths of all shards, in order of their number; DataError for a missing shard or for two versions of the split side by side."""
     forms = {(match["kind"], match["count"], match["shard"] is None) for match in matches}
@@ -276,12 +282,13 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             for number, line in enumerate(stream, start=1):
                 content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if content.strip():
-                    yield f"{file}:{number}", _object(content, f"{file}:{number}")
+                    yield f"{file}:{number}", json_object(content, f"{file}:{number}")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _object(line: bytes, place: str) -> Mapping[str, Any]:
+def json_object(line: bytes, place: str) -> Mapping[str, Any]:
+    """The object that a line holds. Raises DataError that begins with `place`."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
