@@ -95,7 +95,9 @@ def _validate(given: argparse.Namespace) -> None:
         io.write_json(Path(given.json), report.as_dict())
     say(report.text(given.show))
     if not report.ok:
-        raise DataError("the data are not right")
+        lost = "missing picture" in report.problems and not given.root
+        hint = "; paths of pictures start at the folder of the file, --root names another one" if lost else ""
+        raise DataError(f"the data are not right{hint}")
 
 
 def _tokens(model: str) -> Callable[[list[str]], list[int]]:
