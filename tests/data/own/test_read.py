@@ -170,7 +170,8 @@ def test_a_file_is_a_suite(root: Path) -> None:
     suite = load_suite(root / "pairs.jsonl")
     assert (suite.name, suite.root, suite.sets[0].path, suite.sets[0].scope) == ("pairs", root, "pairs.jsonl", "global")
     held = jsonl(root / "split" / "eval.jsonl", ROWS)
-    assert load_suite(held, root).sets[0].path == "split/eval.jsonl" and len(read_set(root, load_suite(held, root).sets[0], root).queries) == 2
+    assert load_suite(held, root).sets[0].path == "split/eval.jsonl"
+    assert len(read_set(root, load_suite(held, root).sets[0], root).queries) == 2
     with pytest.raises(DataError, match="not found"):
         load_suite(root / "absent.jsonl")
     with pytest.raises(DataError, match="must lie below"):

