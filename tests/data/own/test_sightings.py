@@ -17,13 +17,13 @@ def test_keys_are_grouped_as_a_dictionary_groups_them(added: list[list[tuple[int
     expected: dict[int, list[int]] = {}
     with Seen() as seen:
         for batch in added:
-            seen.add("id", [f"{key:016x}" for key, _ in batch], [place for _, place in batch])
-            seen.add("other", ["0" * 16], [1])
+            seen.add("id", [(f"{key:016x}", place) for key, place in batch])
+            seen.add("other", [("0" * 16, 1)])
             for key, place in batch:
                 expected.setdefault(key, []).append(place)
         for _ in range(2):  # reading changes nothing
             groups = [part.tolist() for places, starts in seen.grouped("id") for part in np.split(places, starts[1:])]
             assert sorted(groups) == sorted(sorted(places) for places in expected.values())
         assert list(seen.grouped("none")) == []
-        seen.add("id", ["1" * 16], [5])
+        seen.add("id", [("1" * 16, 5)])
         assert [5] in [part.tolist() for places, starts in seen.grouped("id") for part in np.split(places, starts[1:])]

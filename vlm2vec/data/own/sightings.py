@@ -9,7 +9,8 @@ Shape letters: S sightings of a bucket.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ from vlm2vec.io.disk import DiskErrors
 
 BUCKETS = 16
 SIGHTING = np.dtype([("key", "<u8"), ("place", "<u8")])
-Sightings = NDArray[np.void]
+_HELD = 8192  # sightings of a kind in memory before they are written
 
 
 class Seen:
@@ -34,15 +35,20 @@ class Seen:
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vlm2vec-")))
         self._files: dict[tuple[str, int], BinaryIO] = {}
+        self._held: dict[str, list[tuple[int, int]]] = defaultdict(list)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def add(self, kind: str, keys: Sequence[str], places: Sequence[int]) -> None:
+    def add(self, kind: str, sightings: Iterable[tuple[str, int]]) -> None:
         """Note keys (16 hexadecimal digits each) with their places."""
-        rows = np.empty(len(keys), SIGHTING)
-        rows["key"], rows["place"] = [int(key, 16) for key in keys], places
+        self._held[kind] += [(int(key, 16), place) for key, place in sightings]
+        if len(self._held[kind]) >= _HELD:
+            self._flush(kind)
+
+    def _flush(self, kind: str) -> None:
+        rows = np.array(self._held.pop(kind, []), SIGHTING)
         bucket = rows["key"] % BUCKETS
         with DiskErrors(self._folder, self._folder, lambda: rows.nbytes):
             for number in np.unique(bucket).tolist():
@@ -55,6 +61,7 @@ class Seen:
 
     def grouped(self, kind: str) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
         """A bucket at a time: the places of its sightings (S,), those of one key together and ascending, and where each key starts."""
+        self._flush(kind)
         for (found, _), file in sorted(self._files.items()):
             if found == kind:
                 with DiskErrors(self._folder, self._folder, lambda: 0):

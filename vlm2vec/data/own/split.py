@@ -80,7 +80,7 @@ def split(
         for number, row in read_rows(file):
             goes.append(_part_of(row, by, share, seed, place(str(file), number)))
             pictures = {picture_key(picture) for key, side in row.sides() if not key.startswith("negatives") for picture in side["image"]}
-            seen.add("picture", [fingerprint([key]) for key in pictures], [2 * len(goes) - 2 + goes[-1]] * len(pictures))
+            seen.add("picture", [(fingerprint([key]), 2 * len(goes) - 2 + goes[-1]) for key in pictures])
             bar.update()
         leaks = _leaking(seen)
     for index in leaks if drop_leaks else ():

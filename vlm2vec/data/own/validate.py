@@ -71,7 +71,7 @@ def validate(
             for name, counter in part.counts.items():
                 counts[name].update(counter)
             for kind, found in part.keys.items():
-                seen.add(kind, [key for key, _ in found], [number << _ROW_BITS | line for _, line in found])
+                seen.add(kind, ((key, number << _ROW_BITS | line) for key, line in found))
             for side, found_texts in part.texts.items():
                 texts[side] += found_texts[: SAMPLE - len(texts[side])]
         if tokens:
@@ -136,7 +136,7 @@ class _Look:
         root = self.root or Path(chunk.file).parent
         for key, side in row.sides():
             for picture in side["image"]:
-                part.keys["picture"].append((fingerprint([picture_key(picture)]), number))
+                part.keys["picture"].append((fingerprint([str(root), picture_key(picture)]), number))
                 if not key.startswith("negatives"):
                     part.keys["shown"].append(part.keys["picture"][-1])
                 state = self._state(root, picture) if self.pictures else (0, 0)
