@@ -58,29 +58,44 @@ def validate(
     `eval.jsonl`) must not share a group. What is found is no error here; raises DataError for a file that is no file of rows at all.
     """
     total = sum(map(count_rows, files))
-    problems: dict[str, Found] = {}
-    counts: dict[str, Counter[Any]] = defaultdict(Counter)
-    texts: dict[str, list[str]] = defaultdict(list)
     look = _Look(root, pictures, tokens is not None)
     with Seen() as seen, progress(total, "checking rows", "row") as bar:
+        sums = _Sums(files, seen)
         for number, part in _looked(look, files, total, workers):
+            sums.add(number, part)
             bar.update(part.rows)
-            counts["rows"][str(files[number])] += part.rows
-            for line, problem in part.problems:
-                problems.setdefault(problem.kind, Found()).add(f"{place(str(files[number]), line)}: {problem}", KEPT)
-            for name, counter in part.counts.items():
-                counts[name].update(counter)
-            for kind, found in part.keys.items():
-                seen.add(kind, ((key, number << _ROW_BITS | line) for key, line in found))
-            for side, found_texts in part.texts.items():
-                texts[side] += found_texts[: SAMPLE - len(texts[side])]
         if tokens:
-            for side, sample in texts.items():
-                counts[f"{side} tokens"].update(tokens(sample))
-        shared = _Shared(seen, [str(file) for file in files], [split_of(file.name) for file in files])
+            for side, sample in sums.texts.items():
+                sums.counts[f"{side} tokens"].update(tokens(sample))
+        shared = _Shared(seen, sums.files, [split_of(file.name) for file in files])
         for kind, example in chain(shared.repeated_ids(), shared.leaks()):
-            problems.setdefault(kind, Found()).add(example, KEPT)
-        return Report(tuple(map(str, files)), pictures, problems, statistics(counts, shared.distinct()))
+            sums.note(kind, example)
+        return Report(tuple(sums.files), pictures, sums.problems, statistics(sums.counts, shared.distinct()))
+
+
+class _Sums:
+    """What all parts brought so far."""
+
+    def __init__(self, files: Sequence[Path], seen: Seen) -> None:
+        self.files, self._seen = [str(file) for file in files], seen
+        self.problems: dict[str, Found] = {}
+        self.counts: dict[str, Counter[Any]] = defaultdict(Counter)
+        self.texts: dict[str, list[str]] = defaultdict(list)
+
+    def note(self, kind: str, example: str) -> None:
+        self.problems.setdefault(kind, Found()).add(example, KEPT)
+
+    def add(self, number: int, part: Part) -> None:
+        """A part of file `number`."""
+        self.counts["rows"][self.files[number]] += part.rows
+        for line, problem in part.problems:
+            self.note(problem.kind, f"{place(self.files[number], line)}: {problem}")
+        for name, counter in part.counts.items():
+            self.counts[name].update(counter)
+        for kind, found in part.keys.items():
+            self._seen.add(kind, ((key, number << _ROW_BITS | line) for key, line in found))
+        for side, texts in part.texts.items():
+            self.texts[side] += texts[: SAMPLE - len(self.texts[side])]
 
 
 # -- a chunk, in any process -------------------------------------------------------------------------------------------------------------
