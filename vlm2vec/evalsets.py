@@ -79,7 +79,9 @@ class Intake:
     problems: dict[str, list[str]]
 
 
-def take_in(suite: Suite, cache: EmbeddingCache, limit: int | None = None, seed: int = 17, identity: Identity = "content") -> Intake:
+def take_in(
+    suite: Suite, cache: EmbeddingCache | None = None, limit: int | None = None, seed: int = 17, identity: Identity = "content"
+) -> Intake:
     """Read all sets of `suite` and open every picture that is still to be encoded (one in the cache was opened when it was encoded).
 
     `limit` keeps that many queries of each set, chosen by a hash of `seed` and what they say; their candidates stay whole. `identity` says
@@ -232,11 +234,15 @@ def _content(item: Item, pictures: Mapping[str, str]) -> str:
     return content_digest(item, [pictures.get(image.key, "missing") for image in item.images])
 
 
-def _unreadable(sets: Iterable[_Rows], contents: Mapping[str, str], pictures: Mapping[str, str], cache: EmbeddingCache) -> dict[str, str]:
+def _unreadable(
+    sets: Iterable[_Rows], contents: Mapping[str, str], pictures: Mapping[str, str], cache: EmbeddingCache | None
+) -> dict[str, str]:
     """Why a picture cannot be decoded, by image key; every distinct picture of an item that is not in the cache is tried once."""
-    keys = {contents[item.key]: cache.key(contents[item.key]) for rows in sets for item in rows.items()}
-    fresh = set(cache.missing(list(keys.values())))
-    items = [item for rows in sets for item in rows.items() if keys[contents[item.key]] in fresh]
+    items = [item for rows in sets for item in rows.items()]
+    if cache is not None:
+        keys = {contents[item.key]: cache.key(contents[item.key]) for item in items}
+        fresh = set(cache.missing(list(keys.values())))
+        items = [item for item in items if keys[contents[item.key]] in fresh]
     tried = [image for item in items for image in item.images if image.key in pictures]
     _, errors = _each(_decodes, {pictures[image.key]: image for image in reversed(tried)})
     return {image.key: errors[pictures[image.key]] for image in tried if pictures[image.key] in errors}

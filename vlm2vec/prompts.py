@@ -43,6 +43,11 @@ def render(item: Item, keep_stray: bool = False) -> str:
     return prompt if complete or prompt.endswith("\n") else prompt + "\n"
 
 
+def words(item: Item) -> str:
+    """The prompt for a reader who is shown the pictures beside it: without placeholders, and without space around it."""
+    return "".join(piece for piece in split(render(item)) if isinstance(piece, str)).strip()
+
+
 def split(prompt: str, pictures: int | None = None) -> list[str | int]:
     """The pieces of a prompt in order: non-empty text, and for each placeholder the index of its picture, counted from 0.
 

@@ -78,6 +78,18 @@ def rank(
     return Ranking([tally.positions() for tally in tallies], ties_Q, [index_K for index_K, _ in best], [score_K for _, score_K in best])
 
 
+def positions(score_QM: Rows, relevant_QR: Rows, grades_QR: Rows, ties: str = "pessimistic") -> list[NDArray[np.int64]]:
+    """Positions (R,) of the relevant candidates of every query, from 1, where somebody else made the scores.
+
+    `relevant_QR[q]` are the places of query q's relevant candidates in `score_QM[q]`, `grades_QR[q]` their grades (> 0). Every score must
+    be finite.
+    """
+    scores = [np.array(score_M, dtype=np.float64) for score_M in score_QM]  # a copy, for they are written to
+    grades = [np.asarray(grade_R, dtype=np.float64) for grade_R in grades_QR]
+    places = [np.asarray(place_R, dtype=np.int64) for place_R in relevant_QR]
+    return [tally.positions() for tally in _count_listed(scores, places, grades, ties, 0)]
+
+
 # -- scores ------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ Shape letter: Q queries of a set.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,13 @@ def results_file(path: str | Path) -> Path:
         hint = f" (the folder {path} is there, its results are not)" if path.is_dir() else ""
         raise InputError(f"{file} not found{hint}; give a results file <model>@<digest>.json or the folder beside it")
     return file
+
+
+def model_name(path: str) -> str:
+    """What results call a model: the last part of its path that says something, fit for a file name."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
+    last = parts[-2] if len(parts) > 1 and parts[-1] == "model" else parts[-1] if parts else "model"
+    return re.sub(r"[^\w.+-]", "_", last)
 
 
 def predictions_file(file: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +102,7 @@ def _variants(dims: Sequence[int], precisions: Sequence[str]) -> list[Any]:
 
 def _write(given: argparse.Namespace, suite: Any, evaluation: Any) -> None:
     from vlm2vec.report import table, write_report
-    from vlm2vec.results import predictions_file
+    from vlm2vec.results import model_name, predictions_file
     from vlm2vec.standings import load
 
     results = evaluation.results
@@ -130,10 +129,3 @@ def _write_for_others(given: argparse.Namespace, evaluation: Any, folder: Path) 
     if given.submission:
         io.write_json(folder / "submission.json", submission(evaluation.results, {key: resolve(value) for key, value in given.submission}))
         say(f"submission   {folder / 'submission.json'}")
-
-
-def model_name(path: str) -> str:
-    """What results call a model: the last part of its path that says something, fit for a file name."""
-    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")]
-    last = parts[-2] if len(parts) > 1 and parts[-1] == "model" else parts[-1] if parts else "model"
-    return re.sub(r"[^\w.+-]", "_", last)
