@@ -26,7 +26,7 @@ LAYERS = tuple(
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "
         "formats report pipeline push",
-        "cli commands __main__",
+        "cli commands __main__ integrations",
     )
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names} | {"data.types": 1}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm2vec.data.types import ImageRef, Item
-from vlm2vec.prompts import PLACEHOLDER, placeholder, render, split
+from vlm2vec.prompts import PLACEHOLDER, placeholder, render, split, words
 
 
 def item(text: str = "", pictures: int = 0, instruction: str = "") -> Item:
@@ -76,6 +76,20 @@ def test_a_stray_placeholder_can_be_kept_as_text() -> None:
     query = item("<|image_1|>\nFind a Wikipedia image: who?\n")
     assert render(query, keep_stray=True) == query.text
     assert split(query.text, 0) == [query.text]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (item(VERBATIM[0], 1), "Represent the given image for classification"),
+        (item(VERBATIM[3], 1), "Represent  for classification."),
+        (item("a dog", 1, "Find it:"), "Find it: a dog"),
+        (item("<|image_1|>\nFind a picture: a dog\n"), "Find a picture: a dog"),
+        (item("", 2), ""),
+    ],
+)
+def test_words_are_the_prompt_without_its_pictures(given: Item, expected: str) -> None:
+    assert words(given) == expected
 
 
 def test_split_gives_text_and_picture_indices() -> None:

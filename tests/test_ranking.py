@@ -80,6 +80,22 @@ def test_ranking_equals_sorting_every_list(ties: str, everything: bool) -> None:
     assert tied > 500
 
 
+@pytest.mark.parametrize("ties", TIES)
+def test_positions_from_scores_of_others_are_those_of_the_ranking(ties: str) -> None:
+    stream = np.random.default_rng(2)
+    query, targets = tied_rows(stream, 30), tied_rows(stream, 12)
+    listed = [stream.permutation(12)[: stream.integers(3, 12)] for _ in query]
+    places = [stream.permutation(len(row))[: stream.integers(1, 3)] for row in listed]
+    grades = [stream.integers(1, 3, len(row)) for row in places]
+    ordered = [np.sort(row) if ties == "pessimistic" else row for row in listed]  # the order that decides between equal grades
+    places = [np.flatnonzero(np.isin(row, members[place])) for row, members, place in zip(ordered, listed, places, strict=True)]
+    ranked = rank(query, targets, listed, [row[place] for row, place in zip(ordered, places, strict=True)], grades, ties)
+    scores = candidate_scores(query, targets, ordered)
+    found = ranking.positions(scores, places, grades, ties)
+    assert ranked.ties_Q.sum() > 10
+    assert [row.tolist() for row in found] == [row.tolist() for row in ranked.position_QR]
+
+
 def test_by_hand() -> None:
     """Scores 1, 0.6, 0.6, 0.6, 0; relevant are the second (grade 2), the third (grade 1) and the last (grade 3)."""
     target = np.float32([[1, 0], [0.6, 0.8], [0.6, -0.8], [0.6, 0.8], [0, 1]])

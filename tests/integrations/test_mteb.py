@@ -36,8 +36,8 @@ from vlm2vec import Encoder, prompts, ranking
 from vlm2vec.data.made import write_made
 from vlm2vec.data.types import ImageRef, Item
 from vlm2vec.errors import DataError, EnvError, ImageError, InputError
-from vlm2vec.evaluate import evaluate
 from vlm2vec.evalsets import take_in
+from vlm2vec.evaluate import evaluate
 from vlm2vec.integrations.mteb import MtebModel, SuiteTask, benchmark, means, suite_tasks
 from vlm2vec.suite import Suite, load_suite
 
@@ -261,9 +261,7 @@ def painted(colour: tuple[int, int, int]) -> Image.Image:
 
 
 def embed(model: MtebModel, metadata: TaskMetadata, columns: dict[str, list], prompt_type: PromptType | None = None) -> np.ndarray:
-    features = datasets.Features(
-        {name: datasets.Image() if name == "image" else datasets.Value("string") for name in columns}
-    )
+    features = datasets.Features({name: datasets.Image() if name == "image" else datasets.Value("string") for name in columns})
     rows = datasets.Dataset.from_dict(columns, features)
     loader = create_dataloader(rows, task_metadata=metadata, prompt_type=prompt_type, batch_size=2)
     return model.encode(loader, task_metadata=metadata, hf_split="test", hf_subset="default", prompt_type=prompt_type)
@@ -274,9 +272,7 @@ def test_embeddings_are_those_of_encode(encoder: Encoder) -> None:
     columns = {"id": ["a", "b", "c"], "text": ["a red car", "", "only words"], "image": pictures}
     model = MtebModel(encoder, instructions={"query": "Find it:"})
     rows = embed(model, described("it2it"), columns, PromptType.query)
-    wanted = encoder.encode(
-        [{"text": "a red car", "image": pictures[0]}, pictures[1], "only words"], instruction="Find it:"
-    )
+    wanted = encoder.encode([{"text": "a red car", "image": pictures[0]}, pictures[1], "only words"], instruction="Find it:")
     assert rows.dtype == np.float32 and torch.allclose(torch.from_numpy(rows), wanted, atol=1e-6)
     assert not torch.allclose(wanted, encoder.encode([{"text": "a red car", "image": pictures[0]}, pictures[1], "only words"]), atol=1e-3)
     alone = embed(model, described("i2t"), {"id": ["b"], "image": [pictures[1]]}, PromptType.query)

@@ -45,7 +45,7 @@ class MtebModel(AbsEncoder):
         3. The prompt of mteb's task; a task that has one text for both sides means it for queries.
     It stands between picture and text, as in MMEB (`prompts.render`). Rows of `SuiteTask` bring their whole prompt and get none.
 
-    `name` ("owner/model") and `revision` are what mteb files results under; by default where the model was loaded from, and its fingerprint.
+    `name` ("owner/model") and `revision` are what mteb files results under; by default where the model came from, and its fingerprint.
     Batches are made by `chunk_tokens`, in `workers` processes; mteb's `batch_size` changes nothing.
     """
 
@@ -90,11 +90,12 @@ class MtebModel(AbsEncoder):
         """
         if kwargs.get("precision") is not None:
             raise InputError(f"precision: {kwargs['precision']!r} was asked for, our embeddings are float32; leave it out")
-        complete = PROMPT in getattr(inputs.dataset, "column_names", ())
+        source: Any = inputs.dataset
+        complete = PROMPT in getattr(source, "column_names", ())
         instruction = "" if complete else self.instruction(task_metadata, prompt_type)
         rows = [np.zeros((0, self.model.backbone.hidden_size), dtype=np.float32)]
         shown = kwargs.get("show_progress_bar", True)
-        with log.progress(len(inputs.dataset), task_metadata.name, "item", enabled=None if shown else False) as bar:  # type: ignore[arg-type]
+        with log.progress(len(source), task_metadata.name, "item", enabled=None if shown else False) as bar:
             for window in _windows(_undecoded(inputs), instruction):
                 rows.append(self.model.encode(window, chunk_tokens=self.chunk_tokens, workers=self.workers).numpy())
                 bar.update(len(window))
@@ -122,7 +123,7 @@ def _undecoded(inputs: DataLoader) -> DataLoader:
     if not isinstance(rows, datasets.Dataset) or not isinstance(rows.features.get("image"), datasets.Image):
         return inputs
     stored = rows.cast_column("image", datasets.Image(decode=False))
-    return DataLoader(stored, batch_size=inputs.batch_size, collate_fn=inputs.collate_fn)  # type: ignore[arg-type]
+    return DataLoader(stored, batch_size=inputs.batch_size, collate_fn=inputs.collate_fn)
 
 
 def _windows(batches: DataLoader, instruction: str) -> Iterator[list[Item]]:
@@ -166,7 +167,7 @@ def _picture(stored: Any) -> Any:
 
 
 def describe(encoder: Encoder, name: str | None = None, revision: str | None = None) -> ModelMeta:
-    """What is known about a model; what is not (licence, languages, training data, ...) is None. Raises InputError for a name without "/"."""
+    """What is known about a model; what is not (licence, languages, training data, ...) is None. InputError for a name without "/"."""
     if name is not None and "/" not in name:
         raise InputError(f"name: mteb wants owner/model, got {name!r}")
     parameters = list(encoder.model.parameters())

@@ -23,6 +23,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.benchmarks.benchmark import Benchmark, BenchmarkAggregation
 from mteb.results import ModelResult
+from numpy.typing import NDArray
 
 from vlm2vec import metrics, prompts, ranking
 from vlm2vec.data.types import Item
@@ -44,6 +45,8 @@ class SuiteTask(AbsTaskRetrieval):
     limit: int | None
     choice: int
     judged: Task
+    data_loaded: bool
+    _top_k: int
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         """Read the set and look at every picture. Raises DataError that lists everything missing or broken."""
@@ -55,7 +58,7 @@ class SuiteTask(AbsTaskRetrieval):
         self.judged = intake.tasks[0]
         _check_modalities(self.judged, intake.items, self.metadata)
         self.dataset = {"default": {SPLIT: _split_data(self.judged, intake.items)}}
-        self._top_k = max(self._top_k, *(len(row) for row in self.judged.candidates or [()]))
+        self._top_k = max([self._top_k, *(len(row) for row in self.judged.candidates or [])])
         self.data_loaded = True
 
     def task_specific_scores(
@@ -68,9 +71,9 @@ class SuiteTask(AbsTaskRetrieval):
     ) -> dict[str, float]:
         """The suite's metric, a tie counting against the model, from the scores that the model gave."""
         task = self.judged
-        right = [[task.targets[index] for index in row] for row in task.relevant]
-        score_QM = [_relevant_first(results[query], found) for query, found in zip(_query_ids(task), right, strict=True)]
-        positions = ranking.positions(score_QM, [np.arange(len(found)) for found in right], task.grades)
+        judged = zip(_query_ids(task), _named(task, task.relevant), strict=True)
+        score_QM = [_relevant_first(results[query], right) for query, right in judged]
+        positions = ranking.positions(score_QM, [np.arange(len(right)) for right in task.relevant], task.grades)
         return {task.spec.metric: float(metrics.per_query(task.spec.metric, positions, task.grades).mean())}
 
 
@@ -89,18 +92,19 @@ def _query_ids(task: Task) -> list[str]:
 
 def _split_data(task: Task, items: Mapping[str, Item]) -> RetrievalSplitData:
     queries = _query_ids(task)
-    graded = zip(queries, task.relevant, task.grades, strict=True)
-    listed = task.candidates and dict(zip(queries, task.candidates, strict=True))
+    judged = zip(queries, _named(task, task.relevant), task.grades, strict=True)
     return RetrievalSplitData(
         queries=_table(queries, [items[content] for content in task.queries]),
         corpus=_table(task.targets, [items[content] for content in task.targets]),
         # mteb's own metrics take whole grades
-        relevant_docs={
-            query: {task.targets[index]: max(1, round(float(grade))) for index, grade in zip(row, grades, strict=True)}
-            for query, row, grades in graded
-        },
-        top_ranked=listed and {query: [task.targets[index] for index in row] for query, row in listed.items()},
+        relevant_docs={query: {name: max(1, round(float(grade))) for name, grade in zip(*row, strict=True)} for query, *row in judged},
+        top_ranked=None if task.candidates is None else dict(zip(queries, _named(task, task.candidates), strict=True)),
     )
+
+
+def _named(task: Task, index_QM: Sequence[NDArray[np.int32]]) -> list[list[str]]:
+    """Targets by name, a list per query; the names are shared, for a set may list a million."""
+    return [[task.targets[index] for index in row] for row in index_QM]
 
 
 def _table(ids: Sequence[str], items: Sequence[Item]) -> Dataset:
@@ -149,7 +153,7 @@ def _task(suite: Suite, spec: SetSpec, limit: int | None, seed: int) -> SuiteTas
         description=f"{spec.name}, {spec.meta_task}, {spec.split}: {suite.description}",
         type="Any2AnyRetrieval",
         modalities=["text", "image"],
-        category=f"{_kinds(spec.query_modality)}2{_kinds(spec.target_modality)}",  # type: ignore[arg-type]
+        category=f"{_kinds(spec.query_modality)}2{_kinds(spec.target_modality)}",
         eval_splits=[SPLIT],
         eval_langs=["eng-Latn"],
         main_score=spec.metric,
@@ -181,8 +185,10 @@ def means(result: ModelResult, suite: Suite) -> dict[str, float | None]:
 def _mean(group: Sequence[str] | Mapping[str, Sequence[str]], score: Mapping[str, float]) -> float | None:
     """Mean over sets, or over the means of groups of sets."""
     if isinstance(group, Mapping):
-        parts = [_mean(members, score) for members in group.values()]
-    else:
-        parts = [score.get(name) for name in group]
+        return _known_mean([_mean(members, score) for members in group.values()])
+    return _known_mean([score.get(name) for name in group])
+
+
+def _known_mean(parts: Sequence[float | None]) -> float | None:
     known = [part for part in parts if part is not None]
     return fmean(known) if len(known) == len(parts) else None
