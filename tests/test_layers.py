@@ -140,6 +140,19 @@ def test_only_backbones_name_a_model_family(path: Path) -> None:
     assert not re.findall(FAMILIES, text, re.IGNORECASE)
 
 
+def test_other_peoples_tools_are_imported_in_integrations_alone() -> None:
+    tools = {"mteb", "datasets"}
+    users = {dotted(path).split(".")[0] for path in MODULES for node in ast.walk(tree(path)) if tools & outside(node)}
+    assert users == {"integrations"}
+
+
+def outside(node: ast.AST) -> set[str]:
+    """The packages that a statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        return {(node.module or "").split(".")[0]}
+    return {alias.name.split(".")[0] for alias in node.names} if isinstance(node, ast.Import) else set()
+
+
 class Bomb:
     """Makes a folder when it is unpickled."""
 

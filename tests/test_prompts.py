@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm2vec import prompts
 from vlm2vec.data.types import ImageRef, Item
-from vlm2vec.prompts import PLACEHOLDER, placeholder, render, split, words
+from vlm2vec.prompts import PLACEHOLDER, placeholder, render, split
 
 
 def item(text: str = "", pictures: int = 0, instruction: str = "") -> Item:
@@ -89,7 +90,7 @@ def test_a_stray_placeholder_can_be_kept_as_text() -> None:
     ],
 )
 def test_words_are_the_prompt_without_its_pictures(given: Item, expected: str) -> None:
-    assert words(given) == expected
+    assert prompts.words(given) == expected
 
 
 def test_split_gives_text_and_picture_indices() -> None:
