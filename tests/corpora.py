@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm2vec import prompts
 from vlm2vec.collate import Features
+from vlm2vec.data.types import Item
 from vlm2vec.vectors import iterate_vectors
 
 DIMS = 24
@@ -23,7 +25,7 @@ DIMS = 24
 class Hashing:
     """Embeds an item as a direction drawn from a hash of its prompt and the colours of its pictures."""
 
-    source = "hashing"
+    source, precision = "hashing", "fp32"
 
     def __init__(self, name: str = "hashing") -> None:
         self.name, self.encoded = name, 0
@@ -37,6 +39,9 @@ class Hashing:
     def embed_features(self, window: Sequence[Features], chunk_tokens: int = 0) -> torch.Tensor:
         self.encoded += len(window)
         return torch.tensor(np.stack([self.row(each) for each in window]))
+
+    def encode(self, items: Sequence[str], instruction: str = "") -> torch.Tensor:
+        return torch.tensor(np.stack([self.row(features(prompts.render(Item(text, (), instruction)), [])) for text in items]))
 
     def row(self, seen: Features) -> np.ndarray:
         shown = [seen.input_ids, *(image["pixel"] for image in seen.images)]

@@ -21,11 +21,11 @@ LAYERS = tuple(
     for names in (
         "errors io dist log remote signals",
         "strict_yaml schema config memory prompts pooling chunks quantize ranking metrics paired losses gradcache replay flops footprint "
-        "devices",
-        "data collate transport backbones batch feed shards cache feature_cache vectors suite composition",
+        "devices nearest",
+        "data collate transport backbones batch feed shards cache feature_cache vectors suite composition store approximate",
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "
-        "formats report pipeline push",
+        "formats report pipeline push index",
         "cli commands __main__ integrations",
     )
 )

@@ -19,7 +19,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -242,13 +242,23 @@ def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield block
 
 
-def windows_of(shards: Iterable[Shard], outcomes: Iterator[Outcome]) -> Iterator[tuple[Shard, list[Outcome]]]:
+class Featured(Protocol):
+    """What came of a row: its features, or None."""
+
+    @property
+    def features(self) -> Features | None: ...
+
+
+Came = TypeVar("Came", bound=Featured)
+
+
+def windows_of(shards: Iterable[Shard], outcomes: Iterator[Came]) -> Iterator[tuple[Shard, list[Came]]]:
     """The outcomes of each shard in windows of at most WINDOW_ITEMS, fewer where their features are large.
 
     Raises DataError if there are fewer than the scan counted.
     """
     for shard in shards:
-        window: list[Outcome] = []
+        window: list[Came] = []
         size = count = 0
         for outcome in islice(outcomes, shard.items):
             window.append(outcome)

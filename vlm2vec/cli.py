@@ -1,4 +1,4 @@
-"""`vlm2vec train | estimate | eval | compare | encode | push | data | keys`: arguments in, exit codes out. The work is done elsewhere."""
+"""`vlm2vec COMMAND`, those of COMMANDS: arguments in, exit codes out. The work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from vlm2vec import log
-from vlm2vec.commands import compare, data, encode, estimate, eval, keys, push, train
+from vlm2vec.commands import compare, data, encode, estimate, eval, index, keys, push, search, train
 from vlm2vec.errors import Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
@@ -20,6 +20,8 @@ COMMANDS = {
     "compare": (compare, "compare evaluations, query by query"),
     "encode": (encode, "embed a corpus: pictures, JSONL or parquet"),
     "push": (push, "put an exported folder onto the Hugging Face Hub"),
+    "index": (index, "make a folder of pictures, JSONL or parquet searchable"),
+    "search": (search, "find what is nearest to a text, a picture or both"),
     "data": (data, "fetch, build, make up or check data"),
     "keys": (keys, "list every key of a recipe with type, default and meaning"),
 }

@@ -19,3 +19,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def column(text: str) -> tuple[str, str]:
+    """An argument KEY=NAME: what a column of the input is called there."""
+    key, equals, name = text.partition("=")
+    if key not in ("id", "text", "image", "instruction") or not equals or not name:
+        raise argparse.ArgumentTypeError(f"must look like KEY=NAME with a KEY of id, text, image, instruction; got {text!r}")
+    return key, name

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.commands import positive, say
+from vlm2vec.commands import column, positive, say
 from vlm2vec.commands.loading import device_arguments, load_encoder, model_arguments, start_ranks
 from vlm2vec.errors import InputError
 from vlm2vec.signals import StopSignal
@@ -33,7 +33,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     roles.add_argument("--instruction", default="", help="instruction for items that bring none")
     roles.add_argument("--query", action="store_true", help="use the query instruction that the model was saved with")
     roles.add_argument("--target", action="store_true", help="use the target instruction that the model was saved with")
-    command.add_argument("--columns", nargs="+", type=_column, default=[], metavar="KEY=NAME", help="names in the files, as text=caption")
+    command.add_argument("--columns", nargs="+", type=column, default=[], metavar="KEY=NAME", help="names in the files, as text=caption")
     command.add_argument("--images", help="folder below which the paths of pictures lie (default: the folder of the file)")
     command.add_argument("--precision", choices=["float32", "float16", "int8", "binary"], default="float32", help="how numbers are stored")
     command.add_argument("--dims", type=positive, help="keep the first numbers only, at unit length (Matryoshka)")
@@ -42,13 +42,6 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--skip-bad", action="store_true", help="leave out items that cannot be read and list them in skipped.jsonl")
     command.add_argument("--dry-run", action="store_true", help="count, and encode nothing")
     device_arguments(command)
-
-
-def _column(text: str) -> tuple[str, str]:
-    key, equals, name = text.partition("=")
-    if key not in ("id", "text", "image", "instruction") or not equals or not name:
-        raise argparse.ArgumentTypeError(f"must look like KEY=NAME with a KEY of id, text, image, instruction; got {text!r}")
-    return key, name
 
 
 def run(given: argparse.Namespace) -> None:

@@ -12,9 +12,9 @@ from vlm2vec.errors import InputError
 PATIENCE = timedelta(days=7)  # ranks wait for each other as long as one has a shard or a scan more to do
 
 
-def model_arguments(command: argparse.ArgumentParser) -> None:
-    """Which model: the first positional argument, and what goes with it."""
-    command.add_argument("model", help="a folder, a Hub id or builtin/<name>")
+def model_arguments(command: argparse.ArgumentParser, name: str = "model") -> None:
+    """Which model: the first positional argument, or the option `name`, and what goes with it."""
+    command.add_argument(name, help="a folder, a Hub id or builtin/<name>")
     command.add_argument("--adapter", help="an adapter folder on top of the model")
     command.add_argument("--revision", help="commit or tag of a model on the Hub")
 
@@ -36,15 +36,25 @@ def start_ranks(given: argparse.Namespace) -> None:
     PartialState(cpu=given.device == "cpu", timeout=PATIENCE)
 
 
-def load_encoder(given: argparse.Namespace) -> Any:
-    """The encoder that the arguments name, on its device. Raises InputError for a device that is not there."""
+def chosen_options(given: argparse.Namespace) -> dict[str, Any]:
+    """Keys of a recipe's model section that the arguments set."""
+    from vlm2vec.config import model_options
+
+    return model_options(given.option) | ({"dtype": given.dtype} if given.dtype else {})
+
+
+def chosen_device(given: argparse.Namespace) -> Any:
+    """The device that the arguments name, or the best there is. Raises InputError for one that is not there."""
     from accelerate import PartialState
 
-    from vlm2vec.config import model_options
+    return _device(given.device) if given.device else PartialState().device
+
+
+def load_encoder(given: argparse.Namespace) -> Any:
+    """The encoder that the arguments name, on its device. Raises InputError for a device that is not there."""
     from vlm2vec.encoder import Encoder
 
-    device = _device(given.device) if given.device else PartialState().device
-    options = model_options(given.option) | ({"dtype": given.dtype} if given.dtype else {})
+    device, options = chosen_device(given), chosen_options(given)
     encoder = Encoder.from_pretrained(given.model, given.adapter, revision=given.revision, device=device, **options)
     encoder.precision = given.autocast
     return encoder

@@ -138,7 +138,7 @@ def _example(example: Example, shared: Shared) -> Markup:
 
 def question(example: Example, shared: Shared) -> Markup:
     """The query: its picture above its words."""
-    return el("div", _face(example["query"], shared.pictures, shared.query_lead, "query"), class_="query")
+    return el("div", face(example["query"], shared.pictures, shared.query_lead, "query"), class_="query")
 
 
 def answer(example: Example, shared: Shared, who: str = "") -> list[Markup | None]:
@@ -162,16 +162,16 @@ def _sought(example: Example, shared: Shared) -> Markup | None:
     """The right answer, when it is known and too far down to be among those retrieved."""
     if not _gold_apart(example):
         return None
-    return el("div", GOLD, _face(example["gold"], shared.pictures, shared.target_lead, "gold"), class_="sought")
+    return el("div", GOLD, face(example["gold"], shared.pictures, shared.target_lead, "gold"), class_="sought")
 
 
 def _candidate(item: Item, rank: int, shared: Shared) -> Markup:
     gold = bool(item.get("gold"))
     foot = el("div", GOLD if gold else None, el("span", f"{item['score']:.2f}", class_="cosine"), class_="foot")
-    return el("li", _face(item, shared.pictures, shared.target_lead, f"rank {rank}"), foot, class_="gold" if gold else None)
+    return el("li", face(item, shared.pictures, shared.target_lead, f"rank {rank}"), foot, class_="gold" if gold else None)
 
 
-def _face(item: Item, pictures: Mapping[str, Thumbnail], said: str, role: str) -> Markup:
+def face(item: Item, pictures: Mapping[str, Thumbnail], said: str, role: str) -> Markup:
     """The picture, or a card in its place, above the words; words that are said once for the whole set are left out beside a picture."""
     path, full = item.get("image"), shown_text(item)
     text = full.removeprefix(said).strip()

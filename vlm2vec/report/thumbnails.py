@@ -53,18 +53,28 @@ def _picture(path: str, root: Path | None) -> Image.Image | None:
         picture = load_image(ImageRef(safe_join(root, path), label=path))
     except ImageError:
         return None
-    return _shrink(picture, LEVELS[0][0])
+    return shrunk(picture, LEVELS[0][0])
 
 
-def _shrink(picture: Image.Image, side: int) -> Image.Image:
+def shrunk(picture: Image.Image, side: int) -> Image.Image:
+    """The picture with no side longer than `side` pixels."""
     scale = min(1.0, side / max(picture.size))
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _encode(picture: Image.Image, side: int, quality: int) -> Thumbnail:
-    small = _shrink(picture, side)
+def webp(picture: Image.Image, quality: int) -> bytes:
+    """The picture as WebP; one of few colours, an icon, without loss, since lossy coding would smear it."""
     buffer = io.BytesIO()
-    drawn = small.getcolors(256) is not None  # few colours: an icon, which lossy coding would smear
-    small.save(buffer, "WEBP", quality=quality, method=4, lossless=drawn)
-    return Thumbnail("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"), *small.size)
+    picture.save(buffer, "WEBP", quality=quality, method=4, lossless=picture.getcolors(256) is not None)
+    return buffer.getvalue()
+
+
+def inline(data: bytes, width: int, height: int) -> Thumbnail:
+    """Encoded WebP as it stands in a page."""
+    return Thumbnail("data:image/webp;base64," + base64.b64encode(data).decode("ascii"), width, height)
+
+
+def _encode(picture: Image.Image, side: int, quality: int) -> Thumbnail:
+    small = shrunk(picture, side)
+    return inline(webp(small, quality), *small.size)
