@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from vlm2vec import log
-from vlm2vec.commands import compare, data, encode, estimate, eval, index, keys, push, search, train
+from vlm2vec.commands import compare, data, encode, estimate, eval, export, index, keys, push, search, train, verify
 from vlm2vec.errors import Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
@@ -19,6 +19,8 @@ COMMANDS = {
     "eval": (eval, "score a model on a benchmark suite"),
     "compare": (compare, "compare evaluations, query by query"),
     "encode": (encode, "embed a corpus: pictures, JSONL or parquet"),
+    "export": (export, "write a model for everybody's tools, checked against them"),
+    "verify": (verify, "check an exported model, here or on the Hub"),
     "push": (push, "put an exported folder onto the Hugging Face Hub"),
     "index": (index, "make a folder of pictures, JSONL or parquet searchable"),
     "search": (search, "find what is nearest to a text, a picture or both"),

@@ -43,6 +43,10 @@ class AdapterError(ModelError):
     """An adapter does not fit its base model, tensor by tensor."""
 
 
+class ParityError(ModelError):
+    """Two tools embed the same item differently, or a folder is not what was exported."""
+
+
 class CheckpointError(InputError):
     """A checkpoint is incomplete, damaged or belongs to another run."""
 

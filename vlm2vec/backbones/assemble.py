@@ -171,7 +171,7 @@ def smolvlm_scratch(to: Path) -> None:
     text = sizes(192, 512, layers=6, heads=6) | spread | {"max_position_embeddings": 2048, "tie_word_embeddings": True}
     vision = sizes(128, 512, layers=4, heads=4) | spread | {"image_size": 64, "patch_size": 8}
     config = family_config("smolvlm", tokenizer, text, vision, scale_factor=4)
-    write_checkpoint(to, config, tokenizer, family_image_processor("smolvlm", tile=64))
+    write_checkpoint(to, config, tokenizer, family_image_processor("smolvlm", tile=64), processor={"image_seq_len": 4})
 
 
 def words() -> Iterator[str]:

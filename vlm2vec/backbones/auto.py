@@ -34,6 +34,7 @@ NAMES: dict[Part, tuple[str, ...]] = {
     "language": ("language_model", "text_model"),
 }
 HEADS: dict[str, Part] = {"lm_head": "head"}
+CLIP_TOKENS = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}  # of the miniature
 TRIALS = ((64, 96), (200, 100))  # sizes of two pictures that only a fixed-size family treats alike
 
 
@@ -118,7 +119,7 @@ class AutoBackbone(Backbone):
             image_seq_length=16,
         )
         image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        return write_checkpoint(to, config, tokenizer, image_processor, seed)
+        return write_checkpoint(to, config, tokenizer, image_processor, seed, processor=CLIP_TOKENS)
 
 
 def _cannot(model: Any, what: str) -> ModelError:

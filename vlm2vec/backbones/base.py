@@ -49,6 +49,7 @@ FEATURE_OPTIONS = (
     *("max_tokens", "min_pixels", "max_pixels", "num_crops", "resize", "decode", "positions"),
     *("prompt", "system", "ending", "keep_stray"),
 )
+SHARD = "5GB"  # largest file of weights
 MUCH_TOO_LONG = 10  # a text this many times over its limit is worth a warning
 
 logger = get_logger(__name__)
@@ -337,6 +338,10 @@ class Backbone(nn.Module, ABC):
     parts: dict[str, Part] = {}
     aliases: ClassVar[dict[str, str]] = {}  # other names of tensors, read where a checkpoint lacks their own
     ignores_shipped_code: ClassVar[bool] = False  # whether folders of this family may bring code, none of which is ever run
+    # Of transformers' own model and processor: why they do not give our embeddings, "" where they do, and whether the processor can tell
+    # a control token that a user writes from one of the format.
+    differs_elsewhere: ClassVar[str] = ""
+    guarded_elsewhere: ClassVar[bool] = True
     tower_names: tuple[str, ...] = ()  # dotted paths in `model`, in the order in which pixels pass through them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -419,5 +424,5 @@ class Backbone(nn.Module, ABC):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write weights, configuration, tokenizer and image processor in the family's Hugging Face layout."""
         with no_bars():
-            self.model.save_pretrained(str(directory))
+            self.model.save_pretrained(str(directory), max_shard_size=SHARD)
         self.processor.save_pretrained(directory)

@@ -25,7 +25,8 @@ Layout = list[tuple[str, str]]  # (what, which) of "text", "picture", "token" an
 class ChatTemplate:
     """The chat format of a tokenizer: one optional system turn, one user turn, and the start of the answer with `ending` after it.
 
-    `mark` is what the template writes for a picture.
+    `mark` is what the template writes for a picture. A template is asked for `bare` turns: those that we export would else add by
+    themselves what is added here.
     """
 
     def __init__(self, tokenizer: Any, template: str, mark: str, ending: str) -> None:
@@ -38,7 +39,7 @@ class ChatTemplate:
         pictures = iter([piece for piece in content if isinstance(piece, int)])
         shape = (bool(system), *(isinstance(piece, int) for piece in content))
         if shape not in self._layouts:
-            self._layouts[shape] = list(self._parse(self._render(*shape) + self.ending))
+            self._layouts[shape] = list(self._parse(self.render(*shape) + self.ending))
         parts: list[Part] = []
         for what, which in self._layouts[shape]:
             if what == "text":
@@ -51,7 +52,7 @@ class ChatTemplate:
                 parts.append(Text(which, own=False))
         return parts
 
-    def _render(self, has_system: bool, *is_picture: bool) -> str:
+    def render(self, has_system: bool, *is_picture: bool) -> str:
         """The template's string for a system turn, if any, and a user turn of texts and pictures."""
         slots = iter(range(has_system, len(is_picture) + 1))
         content = [{"type": "image"} if picture else {"type": "text", "text": SLOT.format(next(slots))} for picture in is_picture]
@@ -61,7 +62,7 @@ class ChatTemplate:
             messages = [{"role": "system", "content": form}] * has_system + [{"role": "user", "content": content}]
             try:
                 rendered = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True, bare=True
                 )
             except (TemplateError, TypeError) as error:
                 raise ModelError(f"the model's chat template refuses a prompt ({error}); {RAW}") from error

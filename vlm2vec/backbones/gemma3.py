@@ -78,4 +78,5 @@ class Gemma3(TileBackbone):
             mm_tokens_per_image=4,
             **{f"{role}_token_index": getattr(tokenizer, f"{role}_token_id") for role in ("boi", "eoi", "image")},
         )
-        return write_checkpoint(to, config, tokenizer, Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), seed, wake=0.2)
+        image_processor = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+        return write_checkpoint(to, config, tokenizer, image_processor, seed, wake=0.2, processor={"image_seq_length": 4})

@@ -128,6 +128,7 @@ class Idefics3(Backbone):
 
     model_types = ("idefics3", "smolvlm")
     processor_class = Idefics3Processor
+    guarded_elsewhere = False
     parts: dict[str, Part] = {"vision_model": "vision", "connector": "projector", "text_model": "language", "lm_head": "head"}
     tower_names = ("model.vision_model", "model.connector")
 
@@ -139,7 +140,8 @@ class Idefics3(Backbone):
         text = sizes(32, 64, layers=2, heads=4) | {"num_key_value_heads": 2, "initializer_range": 0.2}
         vision = sizes(32, 64, layers=2, heads=2) | {"image_size": 32, "patch_size": 8, "initializer_range": 0.2}
         config = family_config(model_type, tokenizer, text, vision, scale_factor=2)
-        return write_checkpoint(to, config, tokenizer, family_image_processor(model_type, tile=32, longest=64), seed)
+        image_processor = family_image_processor(model_type, tile=32, longest=64)
+        return write_checkpoint(to, config, tokenizer, image_processor, seed, processor={"image_seq_len": 4})
 
 
 def family_tokenizer(words: Iterable[str] = (), size: int = 256) -> Any:

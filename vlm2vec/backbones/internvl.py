@@ -90,4 +90,5 @@ class InternVL(TileBackbone):
             image_token_id=tokenizer.image_token_id,
             image_seq_length=4,
         )
-        return write_checkpoint(to, config, tokenizer, GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4), seed)
+        image_processor = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4)
+        return write_checkpoint(to, config, tokenizer, image_processor, seed, processor={"image_seq_length": 4})

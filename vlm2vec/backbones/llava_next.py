@@ -83,7 +83,7 @@ class LlavaNext(TileBackbone):
         model_type = model_type or cls.model_types[0]
         named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "image_token": "<image>", "video_token": "<video>"}
         tokenizer = byte_tokenizer(named, frame="<s> $A" if model_type == "llava_next" else "")
-        text, vision, image_processor, others = TINY[model_type]
+        text, vision, image_processor, others, processor = TINY[model_type]
         grid = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
         config = AutoConfig.for_model(
             model_type,
@@ -93,7 +93,7 @@ class LlavaNext(TileBackbone):
             image_grid_pinpoints=grid,
             **others,
         )
-        return write_checkpoint(to, config, tokenizer, image_processor(image_grid_pinpoints=grid), seed)
+        return write_checkpoint(to, config, tokenizer, image_processor(image_grid_pinpoints=grid), seed, processor=processor)
 
 
 def _clip_tiles(**options: Any) -> Any:
@@ -110,11 +110,13 @@ TINY: dict[str, Any] = {
         small(model_type="clip_vision_model", projection_dim=32),
         _clip_tiles,
         {},
+        {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     ),
     "llava_onevision": (
         small(model_type="qwen2", num_key_value_heads=2),
         small(model_type="siglip_vision_model", vision_use_head=False),
         _siglip_tiles,
         {"vision_aspect_ratio": "anyres_max_2"},
+        {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"},
     ),
 }

@@ -85,6 +85,10 @@ class Mllama(TileBackbone):
 
     model_types = ("mllama",)
     processor_class = MllamaProcessor
+    differs_elsewhere = (
+        "transformers' processor begins a templated prompt with a picture in front twice, "
+        "and its model lets a text attend to pictures beside it"
+    )
     tower_names = ("model.vision_model", "model.multi_modal_projector")
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:

@@ -56,6 +56,7 @@ class PaliGemma(TileBackbone):
 
     model_types = ("paligemma",)
     processor_class = PaliGemmaProcessor
+    differs_elsewhere = "transformers' processor of this family takes no text without a picture, and padding changes a text in its model"
 
     @classmethod
     def tiny_checkpoint(cls, to: Path, seed: int = 0, model_type: str | None = None) -> Path:

@@ -84,6 +84,7 @@ class Phi3V(Backbone):
 
     model_types = (Phi3VConfig.model_type,)
     processor_class = Phi3VProcessor
+    differs_elsewhere = "transformers has no model of this type, and the published one ships code for older versions of it"
     auto_class = "AutoModelForCausalLM"
     ignores_shipped_code = True
     parts: dict[str, Part] = {

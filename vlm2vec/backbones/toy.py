@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 VLM = "AutoModelForImageTextToText"
 CHAT = (  # turns between two control tokens; PICTURE is what stands for a picture
@@ -67,9 +69,17 @@ def new_model(config: Any, seed: int = 0, auto_class: str = VLM) -> Any:
 
 
 def write_checkpoint(
-    to: Path, config: Any, tokenizer: Any, image_processor: Any, seed: int = 0, auto_class: str = VLM, wake: float = 0.0
+    to: Path,
+    config: Any,
+    tokenizer: Any,
+    image_processor: Any,
+    seed: int = 0,
+    auto_class: str = VLM,
+    wake: float = 0.0,
+    processor: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a randomly initialised model of `config` with its tokenizer and image processor.
+    """Write a randomly initialised model of `config` with its tokenizer and image processor, and `processor_config.json` for transformers'
+    own processor, `processor` being what that needs to know beside its class.
 
     `wake` fills tensors that a new model leaves at zero with normal noise of that spread: a gate at zero would hide what lies behind it.
     """
@@ -80,4 +90,7 @@ def write_checkpoint(
             tensor.copy_(wake * torch.randn(tensor.shape, generator=stream))
     for piece in (model, tokenizer, image_processor):
         piece.save_pretrained(str(to))
+    if kind := PROCESSOR_MAPPING_NAMES.get(config.model_type):
+        settings = {"processor_class": kind, **(processor or {})}
+        (to / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return to

@@ -189,6 +189,7 @@ class Vista(Backbone):
 
     model_types = (VistaConfig.model_type,)
     processor_class = VistaProcessor
+    differs_elsewhere = "transformers has no model of this type: its modules are put together here"
     auto_class = "AutoModel"
     parts: dict[str, Part] = {"vision_model": "vision", "projector": "projector", "text_model": "language"}
     tower_names = ("vision_model", "projector")

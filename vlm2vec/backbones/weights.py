@@ -6,6 +6,7 @@ A Git-LFS pointer, an HTML error page or a truncated download is named before an
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ ADAPTER_PICKLE = "adapter_model.bin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 LFS_POINTER = b"version https://git-lfs"
 STRANGE = "the file was made for another model or its keys were renamed"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors and as torch names them
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 UNREADABLE = (UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
@@ -50,6 +52,17 @@ def tensor_names(folder: Path) -> set[str]:
         return set(read_json(folder / INDEX)["weight_map"])
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         return set(file.keys())
+
+
+def stored_dtype(folder: Path) -> str:
+    """The number format, as torch names it, that most tensors in the safetensors of `folder` have."""
+    check_weights(folder)
+    files = set(read_json(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else {WEIGHTS}
+    formats: Counter[str] = Counter()
+    for name in files:
+        with safe_open(folder / name, framework="pt") as file:
+            formats.update(file.get_slice(tensor).get_dtype() for tensor in set(file.keys()))
+    return next((DTYPES[kind] for kind, _ in formats.most_common() if kind in DTYPES), "float32")
 
 
 def check_safetensors(file: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,13 @@ def publishing(directory: Path, needed: int = 0, replace: bool = False) -> Itera
         os.close(lock)
 
 
-def verify_manifest(directory: Path) -> None:
-    """Check a published folder against its manifest; ManifestError says which file differs and how. Files added later are ignored."""
+def verify_manifest(directory: Path, apart_from: Collection[str] = ()) -> None:
+    """Check a published folder, apart from some names, against its manifest; ManifestError says which file differs and how. Files added
+    later are ignored.
+    """
     for name, expected in _read_manifest(directory).items():
+        if name in apart_from:
+            continue
         try:
             path = safe_join(directory, name)
             size = path.stat().st_size
