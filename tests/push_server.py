@@ -46,6 +46,7 @@ class ModelHub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
+        self.licences: dict[str, str] = {}  # what the cards of repositories say
         self.asked: list[str] = []
         self.action: Callable[[int, str], Action] = lambda number, what: None
         self.tokens = {TOKEN}
@@ -161,7 +162,8 @@ def _info(hub: ModelHub, body: bytes, name: str, revision: str = "main") -> Any:
     head = _head(hub, name, revision)
     repository = hub.repositories[name]
     siblings = [{"rfilename": path} for path in repository.trees[head]]
-    return {"id": name, "modelId": name, "sha": head, "private": repository.private, "siblings": siblings, "tags": []}
+    card = {"cardData": {"license": hub.licences[name]}} if name in hub.licences else {}
+    return {"id": name, "modelId": name, "sha": head, "private": repository.private, "siblings": siblings, "tags": [], **card}
 
 
 def _tree(hub: ModelHub, body: bytes, name: str, revision: str) -> Any:

@@ -230,11 +230,11 @@ def test_an_adapter_says_that_its_base_lies_here(trained: Callable[..., str], tm
 
 def test_the_card_shows_no_tool_that_cannot_read_the_folder() -> None:
     settings = {"base": None, "model": {"pooling": "mean"}, "query_instruction": "", "target_instruction": "Represent it."}
-    about = {"form": "merged", "dtype": "bfloat16", "differences": [], "guarded": False}
-    text = card("mine", {**settings, "export": about}, ["Cut."])
+    about = {"form": "merged", "dtype": "bfloat16", "differences": [], "notes": ["Cut."], "guarded": False}
+    text = card("mine", {**settings, "export": about})
     assert "pool_mean" in text and "sanitize" not in text and "Targets are embedded under the instruction `Represent it.`" in text
     adapter = {**settings, "base": {"path": "b"}, "export": {**about, "form": "adapter"}}
-    assert "vLLM" in text and "vLLM" not in card("mine", adapter, [])
+    assert "vLLM" in text and "vLLM" not in card("mine", adapter)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the folder
@@ -257,9 +257,9 @@ def test_a_folder_is_refused_replaced_or_left(tmp_path: Path) -> None:
 
 def test_the_scores_of_a_run_travel_with_its_model(trained: Callable[..., str], tmp_path: Path) -> None:
     run = trained()
-    (Path(run) / "results.json").write_text(text := json.dumps(results({"Names": [1.0, 0.0]})))
+    (Path(run) / "results.json").write_text(json.dumps(told := results({"Names": [1.0, 0.0]})))
     export(run, tmp_path / "out", check=False)
-    assert (tmp_path / "out" / "results.json").read_text() == text
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"] == told["sets"]
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match=r"other.json"):
         export(run, tmp_path / "else", results=tmp_path / "other.json", check=False)

@@ -17,8 +17,13 @@ from safetensors.torch import save_file
 from tests.conftest import ended, start
 from tests.push_server import TOKEN, Action, ModelHub
 from vlm2vec import io, remote
+from vlm2vec.cli import main
+from vlm2vec.encoder import Encoder
 from vlm2vec.errors import DataError, EnvError, InputError, ManifestError, NonFiniteError, Vlm2VecError
-from vlm2vec.push import RESULTS, Pushed, push, require_complete
+from vlm2vec.export import export
+from vlm2vec.export.record import RESULTS
+from vlm2vec.push import Pushed, complete, licence_of, push, push_export
+from vlm2vec.samples import picture
 
 NAME = "ann/embedder"
 VERSIONS = {"old": (1.0, ("model.safetensors", "extra.json")), "new": (2.0, ("model.safetensors", "1_Pooling/config.json"))}
@@ -40,8 +45,17 @@ def folder(at: Path, version: str, results: bool = True) -> Path:
     return at / version
 
 
+def files(at: Path, version: str) -> dict[str, Path]:
+    """The files of a version, as they are pushed."""
+    return below(at / version if (at / version).exists() else folder(at, version))
+
+
+def below(at: Path) -> dict[str, Path]:
+    return {path.relative_to(at).as_posix(): path for path in at.rglob("*") if path.is_file()}
+
+
 def content(at: Path) -> dict[str, bytes]:
-    return {path.relative_to(at).as_posix(): path.read_bytes() for path in at.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in below(at).items()}
 
 
 @pytest.fixture
@@ -68,19 +82,19 @@ def steady(hub: ModelHub) -> None:
 
 
 def test_the_branch_holds_the_folder_and_a_second_push_changes_nothing(hub: ModelHub, tmp_path: Path) -> None:
-    done = push(folder(tmp_path, "old"), NAME)
+    done = push(files(tmp_path, "old"), NAME)
     assert hub.files(NAME) == content(tmp_path / "old") and len(hub.repositories[NAME].branches["main"]) == 2
     assert done.url == f"{hub.url}/{NAME}/tree/main" and done.commit == hub.repositories[NAME].head("main")
     assert set(done.changes.add) == set(content(tmp_path / "old")) and not done.changes.remove
     hub.asked.clear()
-    again = push(tmp_path / "old", NAME)
+    again = push(files(tmp_path, "old"), NAME)
     assert again == Pushed(done.commit, done.url, again.changes) and not again.changes
     assert not [what for what in hub.asked if not what.startswith(("GET", "HEAD"))]
 
 
 def test_what_an_earlier_push_put_there_is_removed_with_the_same_commit(hub: ModelHub, tmp_path: Path) -> None:
-    push(folder(tmp_path, "old"), NAME)
-    done = push(folder(tmp_path, "new"), NAME)
+    push(files(tmp_path, "old"), NAME)
+    done = push(files(tmp_path, "new"), NAME)
     assert hub.files(NAME) == content(tmp_path / "new") and len(hub.repositories[NAME].branches["main"]) == 3
     assert done.changes.remove == ("extra.json",)
 
@@ -88,31 +102,31 @@ def test_what_an_earlier_push_put_there_is_removed_with_the_same_commit(hub: Mod
 def test_files_of_others_are_named_and_removed_only_on_request(hub: ModelHub, tmp_path: Path) -> None:
     hub.create(NAME, files={"model-00001-of-00002.safetensors": b"x", "README.md": b"# theirs"})
     with pytest.raises(InputError, match=r"1 files that no push put there \(model-00001-of-00002.safetensors\)"):
-        push(folder(tmp_path, "new"), NAME)
+        push(files(tmp_path, "new"), NAME)
     assert hub.files(NAME)["README.md"] == b"# theirs"
-    push(tmp_path / "new", NAME, replace=True)
+    push(files(tmp_path, "new"), NAME, replace=True)
     assert hub.files(NAME) == content(tmp_path / "new")
 
 
 def test_a_branch_is_made_and_main_stays(hub: ModelHub, tmp_path: Path) -> None:
-    push(folder(tmp_path, "old"), NAME)
-    push(folder(tmp_path, "new"), NAME, revision="trial")
+    push(files(tmp_path, "old"), NAME)
+    push(files(tmp_path, "new"), NAME, revision="trial")
     assert (hub.files(NAME), hub.files(NAME, "trial")) == (content(tmp_path / "old"), content(tmp_path / "new"))
 
 
 def test_a_dry_run_asks_and_changes_nothing(hub: ModelHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    done = push(folder(tmp_path, "old"), NAME, dry_run=True)
+    done = push(files(tmp_path, "old"), NAME, dry_run=True)
     assert done.commit is None and len(done.changes.add) == 5 and not hub.repositories
     assert all(what.startswith("GET") for what in hub.asked)
 
 
 def test_private_is_private(hub: ModelHub, tmp_path: Path) -> None:
-    push(folder(tmp_path, "old"), NAME, private=True)
+    push(files(tmp_path, "old"), NAME, private=True)
     assert hub.repositories[NAME].private
     hub.repositories[NAME].private = False
     with pytest.raises(InputError, match="is public"):
-        push(folder(tmp_path, "new"), NAME, private=True)
+        push(files(tmp_path, "new"), NAME, private=True)
     assert hub.files(NAME) == content(tmp_path / "old")
 
 
@@ -121,9 +135,9 @@ def test_private_is_private(hub: ModelHub, tmp_path: Path) -> None:
 
 def requests_of_a_push(hub: ModelHub, tmp_path: Path) -> int:
     """How many requests it takes to put the new version over the old one."""
-    push(folder(tmp_path, "old"), "ann/trial")
+    push(files(tmp_path, "old"), "ann/trial")
     hub.asked.clear()
-    push(folder(tmp_path, "new"), "ann/trial")
+    push(files(tmp_path, "new"), "ann/trial")
     del hub.repositories["ann/trial"]
     hub.blobs.clear()
     return len(hub.asked)
@@ -134,9 +148,9 @@ def test_what_passes_is_tried_again(actions: tuple[Action, ...], hub: ModelHub, 
     for at in range(1, 1 + requests_of_a_push(hub, tmp_path)):
         hub.blobs.clear()
         steady(hub)
-        push(tmp_path / "old", f"ann/{at}")
+        push(files(tmp_path, "old"), f"ann/{at}")
         failing(hub, at, actions[at % len(actions)])
-        push(tmp_path / "new", f"ann/{at}")
+        push(files(tmp_path, "new"), f"ann/{at}")
         assert hub.files(f"ann/{at}") == content(tmp_path / "new"), hub.asked
         assert len(hub.repositories[f"ann/{at}"].branches["main"]) == 3  # also where the answer to the commit was lost
 
@@ -150,7 +164,7 @@ def test_killed_at_every_request_the_branch_is_old_or_new(action: Action, hub: M
         name = f"ann/{at}"
         hub.blobs.clear()
         steady(hub)
-        push(old, name)
+        push(below(old), name)
         pids: list[int] = []
 
         def killing(number: int, what: str, at: int = at, pids: list[int] = pids) -> Action:
@@ -163,24 +177,24 @@ def test_killed_at_every_request_the_branch_is_old_or_new(action: Action, hub: M
 
         hub.asked.clear()
         hub.action = killing
-        pids.append(start(push, new, name))
+        pids.append(start(push, below(new), name))
         assert ended(pids[0]) == -signal.SIGKILL
         steady(hub)
         left = hub.files(name)
         assert left in (content(old), content(new)), hub.asked
         seen.add(left == content(new))
         sent = set(hub.blobs)
-        push(new, name)
+        push(below(new), name)
         assert hub.files(name) == content(new)
         assert not [what for what in hub.asked if what.startswith("PUT") and what.rpartition("/")[2] in sent]  # gone on, not begun anew
-        assert not push(new, name).changes
+        assert not push(below(new), name).changes
     assert False in seen and (True in seen) == (action == "unheard")
 
 
 def test_a_server_that_stays_down_ends_with_its_words(hub: ModelHub, tmp_path: Path) -> None:
     failing(hub, 1, 503, times=10**6)
     with pytest.raises(EnvError, match="503 made up.*it goes on where it stopped"):
-        push(folder(tmp_path, "old"), NAME)
+        push(files(tmp_path, "old"), NAME)
 
 
 @pytest.mark.parametrize(("token", "said"), [("hf_wrong", "access refused"), ("", "no token")])
@@ -188,12 +202,12 @@ def test_without_the_right_to_write(token: str, said: str, hub: ModelHub, tmp_pa
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(Vlm2VecError, match=said) as refused:
-        push(folder(tmp_path, "old"), NAME)
+        push(files(tmp_path, "old"), NAME)
     assert refused.value.exit_code == 2 and (not token or token not in str(refused.value)) and not hub.repositories
 
 
 def test_somebody_else_commits_meanwhile(hub: ModelHub, tmp_path: Path) -> None:
-    push(folder(tmp_path, "old"), NAME)
+    push(files(tmp_path, "old"), NAME)
 
     def meddling(number: int, what: str) -> Action:
         if what.endswith("/commit/main"):
@@ -202,13 +216,52 @@ def test_somebody_else_commits_meanwhile(hub: ModelHub, tmp_path: Path) -> None:
 
     hub.action = meddling
     with pytest.raises(EnvError, match="somebody else committed"):
-        push(folder(tmp_path, "new"), NAME)
+        push(files(tmp_path, "new"), NAME)
     assert hub.files(NAME) == {"README.md": b"theirs"}
 
 
 def test_a_name_that_is_none(hub: ModelHub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Repo id must"):
-        push(folder(tmp_path, "old"), "ann/em/bedder")
+        push(files(tmp_path, "old"), "ann/em/bedder")
+
+
+# -- exports
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature as `vlm2vec export` writes it."""
+    to = tmp_path_factory.mktemp("made") / "exported"
+    export("builtin/tiny-qwen2_vl", to, check=False)
+    return to
+
+
+def test_an_export_goes_there_and_comes_back(hub: ModelHub, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["push", str(exported), NAME, "--licence", "mit", "--without-results"]
+    assert main([*words, "--dry-run"]) == 0 and "nothing was sent" in capsys.readouterr().out and not hub.repositories
+    assert main(words) == 0
+    assert f"sent to {hub.url}/{NAME}/tree/main" in capsys.readouterr().out
+    assert b'from_pretrained("ann/embedder")' in hub.files(NAME)["README.md"]
+    assert {**hub.files(NAME), "README.md": b""} == {**content(exported), "README.md": b""}
+    assert main(words) == 0 and "already there" in capsys.readouterr().out
+    commit = hub.repositories[NAME].head("main")
+    items = ["a red apple", picture(64, 48)]
+    for revision in (None, commit):
+        back = Encoder.from_pretrained(NAME, revision=revision, device="cpu")
+        assert torch.equal(back.encode(items), Encoder.from_pretrained(exported, device="cpu").encode(items))
+
+
+def test_the_licence_of_the_base_is_carried_over(hub: ModelHub, exported: Path) -> None:
+    settings = io.read_json(exported / "vlm2vec.json")
+    assert settings["export"]["base"] is None
+    with pytest.raises(InputError, match="--licence"):
+        push_export(exported, NAME, without_results=True)
+    hub.create("owner/base")
+    hub.licences["owner/base"] = "cc-by-4.0"
+    assert licence_of("owner/base") == "cc-by-4.0"
+    hub.create("owner/silent")
+    with pytest.raises(InputError, match="owner/silent"):
+        licence_of("owner/silent")
 
 
 # -- what may be sent
@@ -216,25 +269,25 @@ def test_a_name_that_is_none(hub: ModelHub, tmp_path: Path) -> None:
 
 def test_only_a_whole_export_is_sent(tmp_path: Path) -> None:
     at = folder(tmp_path, "old")
-    require_complete(at)
+    complete(at)
     (at / "notes.txt").write_text("private")
     with pytest.raises(InputError, match="notes.txt: not written by the export"):
-        require_complete(at)
+        complete(at)
     (at / "notes.txt").unlink()
     (at / "extra.json").write_text("{}")
     with pytest.raises(ManifestError, match="extra.json"):
-        require_complete(at)
+        complete(at)
     with pytest.raises(InputError, match="no such folder"):
-        require_complete(tmp_path / "none")
+        complete(tmp_path / "none")
     with pytest.raises(ManifestError, match="manifest missing"):
-        require_complete(tmp_path)
+        complete(tmp_path)
 
 
 def test_results_are_asked_for(tmp_path: Path) -> None:
     at = folder(tmp_path, "old", results=False)
     with pytest.raises(InputError, match="--without-results"):
-        require_complete(at)
-    require_complete(at, without_results=True)
+        complete(at)
+    complete(at, without_results=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -242,4 +295,4 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     with io.publishing(tmp_path / "bad") as staging:
         save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, value]).to(torch.bfloat16)}, staging / "model.safetensors")
     with pytest.raises(NonFiniteError, match="bad holds NaN or infinity"):
-        require_complete(tmp_path / "bad", without_results=True)
+        complete(tmp_path / "bad", without_results=True)

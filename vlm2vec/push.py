@@ -1,4 +1,4 @@
-"""A published folder onto the Hub: all of it in one commit, or nothing.
+"""An exported folder onto the Hub: all of it in one commit, or nothing.
 
 What is large goes first, under the names of its checksums, where nobody sees it; the commit that names all files comes last, in one
 request. So a kill at any moment leaves the old version or the new one. Every attempt starts from what the repository holds: what is there
@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -21,12 +23,15 @@ from safetensors import safe_open
 
 from vlm2vec.data.hub import checksum_of
 from vlm2vec.errors import EnvError, InputError, ManifestError, NonFiniteError
+from vlm2vec.export.record import RESULTS
+from vlm2vec.hub_card import model_card
 from vlm2vec.io import MANIFEST, read_json, verify_manifest
 from vlm2vec.remote import FAILURES, Patience
+from vlm2vec.verify import CARD, export_settings
 
-RESULTS = "results.json"
 THEIRS = (".gitattributes",)  # what the Hub itself puts into a repository
 CHANGED_MEANWHILE = 412
+Files = Mapping[str, Path]  # path in the repository -> file here
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,45 @@ class Pushed:
     changes: Changes
 
 
-def push(
-    folder: Path, repository: str, *, revision: str = "main", private: bool = False, replace: bool = False, dry_run: bool = False
+def push_export(
+    folder: Path, repository: str, *, licence: str | None = None, without_results: bool = False, dry_run: bool = False, **options: Any
 ) -> Pushed:
-    """Make the branch `revision` of the model repository `repository` hold exactly the files of `folder`, in one commit.
+    """Push what `vlm2vec export` wrote, its README made into the model card of `repository`. `options` are those of `push`.
 
-    The repository and the branch are made where they are missing. Files of the branch that an earlier push put there and `folder` lacks are
-    removed; others that it lacks only with `replace`, else InputError names them. Raises DataError with the server's words when it refuses,
-    EnvError when it fails for good or somebody else committed meanwhile; the same call goes on then.
+    The licence is by default that of the base on the Hub. Raises what `complete` and `push` raise, InputError where no licence is known.
+    """
+    base = export_settings(folder)["export"]["base"]
+    files = complete(folder, without_results)
+    with TemporaryDirectory() as aside:
+        card = Path(aside) / CARD
+        card.write_text(model_card(folder, repository, licence or licence_of(base)), encoding="utf-8")
+        return push({**files, CARD: card}, repository, dry_run=dry_run, **options)
+
+
+def licence_of(base: str | None) -> str:
+    """What the card of a base on the Hub says. Raises InputError where it says nothing, or where there is no such base."""
+    told = None
+    patience = Patience(f"licence of {base}")
+    while base:
+        try:
+            about = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(base).card_data
+            told = about.get("license") if about else None
+            break
+        except FAILURES as error:
+            patience.wait(error)
+    if not told:
+        raise InputError(f"nothing says under which licence the base {base or 'of this model'} stands; say it with --licence")
+    return str(told)
+
+
+def push(
+    files: Files, repository: str, *, revision: str = "main", private: bool = False, replace: bool = False, dry_run: bool = False
+) -> Pushed:
+    """Make the branch `revision` of the model repository `repository` hold exactly `files`, in one commit.
+
+    The repository and the branch are made where they are missing. What an earlier push put there and `files` lacks is removed; what others
+    put there only with `replace`, else InputError names it. Raises DataError with the server's words when it refuses, EnvError when it
+    fails for good or somebody else committed meanwhile; the same call goes on then.
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     what = f"model {repository}@{revision}"
@@ -73,33 +109,32 @@ def push(
     patience = Patience(what, "write")
     while True:
         try:
-            return _attempt(api, folder, repository, revision, private, replace, dry_run)
+            return _attempt(api, files, repository, revision, private, replace, dry_run)
         except FAILURES as error:
             patience.wait(error)
         except RuntimeError as error:  # of an upload, in which the client wraps what went wrong
             patience.wait(error.__cause__ if isinstance(error.__cause__, FAILURES) else error)
 
 
-def _attempt(api: HfApi, folder: Path, repository: str, revision: str, private: bool, replace: bool, dry_run: bool) -> Pushed:
+def _attempt(api: HfApi, files: Files, repository: str, revision: str, private: bool, replace: bool, dry_run: bool) -> Pushed:
     what, url = f"model {repository}@{revision}", f"{api.endpoint}/{repository}/tree/{revision}"
     remote = _remote(api, repository, revision, private)
     if remote.commit is None and not dry_run:
         _make(api, repository, revision, private)
         remote = _remote(api, repository, revision, private)
-    changes = compare(folder, remote, _ours(api, repository, remote), replace, what)
-    commit = _commit(api, folder, repository, revision, remote, changes) if changes and not dry_run else remote.commit
+    changes = compare(files, remote, _ours(api, repository, remote), replace, what)
+    commit = _commit(api, files, repository, revision, remote, changes) if changes and not dry_run else remote.commit
     return Pushed(commit, url, changes)
 
 
-def compare(folder: Path, remote: Remote, ours: frozenset[str], replace: bool, what: str) -> Changes:
-    """What must change for `remote` to hold the files of `folder`; `ours` are paths that an earlier push put there."""
-    local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+def compare(files: Files, remote: Remote, ours: frozenset[str], replace: bool, what: str) -> Changes:
+    """What must change for `remote` to hold `files`; `ours` are paths that an earlier push put there."""
     add = {
         name: path.stat().st_size
-        for name, path in local.items()
+        for name, path in files.items()
         if name not in remote.files or checksum_of(path, remote.files[name]) != remote.files[name]
     }
-    gone = sorted(remote.files.keys() - local.keys() - set(THEIRS))
+    gone = sorted(remote.files.keys() - files.keys() - set(THEIRS))
     strangers = [name for name in gone if name not in ours]
     if strangers and not replace:
         named = ", ".join(strangers[:5])
@@ -107,11 +142,11 @@ def compare(folder: Path, remote: Remote, ours: frozenset[str], replace: bool, w
     return Changes(add, tuple(gone))
 
 
-def require_complete(folder: Path, without_results: bool = False) -> None:
-    """Raise unless `folder` is what an export wrote and may be shown.
+def complete(folder: Path, without_results: bool = False) -> dict[str, Path]:
+    """The files of `folder`, which an export wrote and which may be shown.
 
-    ManifestError for a damaged file, NonFiniteError for weights with a NaN or infinity, InputError for a file that the manifest does not
-    list and for missing results.
+    Raises ManifestError for a damaged file, NonFiniteError for weights with a NaN or infinity, InputError for a file that the manifest does
+    not list and for missing results.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give one that vlm2vec export wrote")
@@ -128,6 +163,7 @@ def require_complete(folder: Path, without_results: bool = False) -> None:
         raise InputError(f"{folder}: no {RESULTS}, so its card has no scores; export with --results, or say --without-results")
     for file in sorted(folder.glob("*.safetensors")):
         _require_finite(file)
+    return {name: folder / name for name in sorted(listed)}
 
 
 def _require_finite(file: Path) -> None:
@@ -170,13 +206,13 @@ def _ours(api: HfApi, repository: str, remote: Remote) -> frozenset[str]:
     return frozenset(files or ()) | {MANIFEST}
 
 
-def _commit(api: HfApi, folder: Path, repository: str, revision: str, remote: Remote, changes: Changes) -> str:
+def _commit(api: HfApi, files: Files, repository: str, revision: str, remote: Remote, changes: Changes) -> str:
     """Send what must change and name it in one commit on top of `remote`; returns the new commit."""
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(name, folder / name) for name in changes.add),
+        *(CommitOperationAdd(name, files[name]) for name in changes.add),
         *(CommitOperationDelete(name) for name in changes.remove),
     ]
-    message = f"{folder.name}, written by vlm2vec"
+    message = f"{len(changes.add)} files written and {len(changes.remove)} removed by vlm2vec push"
     try:
         return api.create_commit(repository, operations, commit_message=message, revision=revision, parent_commit=remote.commit).oid
     except HfHubHTTPError as error:

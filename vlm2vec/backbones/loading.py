@@ -6,6 +6,7 @@ says are errors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ BUILTIN_PREFIX = "builtin/"
 CONFIG = "config.json"
 JSON_FILES = (CONFIG, "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
-WANTED = ("*.safetensors", ADAPTER_PICKLE, *(f"*{suffix}" for suffix in TEXT_SUFFIXES))
+WANTED = ("*.safetensors", ADAPTER_PICKLE, "recipe.yaml", *(f"*{suffix}" for suffix in TEXT_SUFFIXES))
 LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
 
@@ -48,7 +49,8 @@ def resolve(options: ModelConfig) -> Path:
 def _snapshot(options: ModelConfig) -> Path:
     name = f"{options.path}@{options.revision or 'main'}"
     try:
-        return Path(snapshot_download(options.path, revision=options.revision, allow_patterns=list(WANTED)))
+        endpoint = os.environ.get("HF_ENDPOINT")
+        return Path(snapshot_download(options.path, revision=options.revision, allow_patterns=list(WANTED), endpoint=endpoint))
     except LocalEntryNotFoundError as error:
         raise ModelError(f"model {name} not in cache and offline; connect once, or give a local folder as model.path") from error
     except GatedRepoError as error:

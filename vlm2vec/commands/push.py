@@ -23,17 +23,19 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", default="main", help="branch, made where it is missing (default: main)")
     command.add_argument("--private", action="store_true", help="make the repository private; refused where it is public already")
     command.add_argument("--replace", action="store_true", help="remove files of the repository that no push put there")
+    command.add_argument("--licence", "--license", help="under which the model may be used (default: what the base's card says)")
     command.add_argument("--without-results", action="store_true", help="send a model that was never evaluated")
     command.add_argument("--dry-run", action="store_true", help="say what would be sent and removed")
 
 
 def run(given: argparse.Namespace) -> None:
-    from vlm2vec.push import push, require_complete
+    from vlm2vec.push import push_export
 
-    require_complete(given.folder, given.without_results)
-    done = push(
+    done = push_export(
         given.folder,
         given.repository,
+        licence=given.licence,
+        without_results=given.without_results,
         revision=given.revision,
         private=given.private,
         replace=given.replace,

@@ -21,14 +21,14 @@ from vlm2vec.export.card import card
 from vlm2vec.export.elsewhere import differences, notes
 from vlm2vec.export.merge import cast, check_finite, merge
 from vlm2vec.export.processor_files import TEMPLATES, copy_processor_files
+from vlm2vec.export.record import Record, record_of
 from vlm2vec.export.st_layout import write_st_layout
 from vlm2vec.export.template import chat_template
 from vlm2vec.probe_file import PROBES, write_probes
-from vlm2vec.results import require_format
 from vlm2vec.verify import CARD, Report, compare
 
 Form = Literal["merged", "adapter"]
-MODEL, RESULTS = "model", "results.json"  # of a run folder; the export keeps the second name
+MODEL = "model"  # of a run folder
 FORMAT = 1  # of the folder: raise it whenever an equal model would be written otherwise
 logger = log.get_logger(__name__)
 
@@ -58,21 +58,19 @@ def export(
     if form == "adapter":
         check_adapter(encoder)
     base = resolve(ModelConfig(path=encoder.options.path, revision=encoder.options.revision))
-    scores = _scores(source, results)
-    about = _about(encoder, form, "float32" if form == "adapter" else dtype or stored_dtype(base), scores)
+    record = record_of(source, results)
+    about = _about(encoder, form, "float32" if form == "adapter" else dtype or stored_dtype(base), record)
     if not _free(to, about["identity"], overwrite):
         return None
     report, before = Report(to, "float32"), seen_by(encoder) if check else None
     with io.publishing(to) as staging:
         _write(encoder, base, staging, about)
-        if scores:
-            io.write_atomic(staging / RESULTS, scores)
-        remarks = _remarks(encoder, form)
-        io.write_atomic(staging / CARD, card(to.name, io.read_json(staging / SETTINGS), remarks))
+        record.write(staging)
+        io.write_atomic(staging / CARD, card(to.name, io.read_json(staging / SETTINGS)))
         del encoder  # the tools that follow need its memory
         if check:
             _gate(staging, report, device, before, about["dtype"])
-    for remark in [*about["differences"], *remarks]:
+    for remark in [*about["differences"], *about["notes"]]:
         logger.info("%s: %s", to, remark)
     return report
 
@@ -87,19 +85,17 @@ def model_of(source: str) -> str:
     return source
 
 
-def _scores(source: str, results: str | Path | None) -> str:
-    """The text of the results file, "" if there is none. Raises InputError for a file that holds none."""
-    file = Path(results) if results else Path(source).expanduser() / RESULTS
-    if not results and not file.is_file():
-        return ""
-    require_format(io.read_json(file), str(file))
-    return file.read_text(encoding="utf-8")
-
-
-def _about(encoder: Encoder, form: Form, dtype: str, scores: str) -> dict[str, Any]:
+def _about(encoder: Encoder, form: Form, dtype: str, record: Record) -> dict[str, Any]:
     """What `vlm2vec.json` says of the export. Equal identities mean equal folders."""
-    about = {"form": form, "dtype": dtype, "differences": differences(encoder), "guarded": encoder.backbone.guarded_elsewhere}
-    texts = [encoder.query_instruction, encoder.target_instruction, encoder.options.path, scores]
+    about = {
+        "form": form,
+        "dtype": dtype,
+        "base": None if is_local(encoder.options.path) else encoder.options.path,
+        "differences": differences(encoder),
+        "notes": _notes(encoder, form),
+        "guarded": encoder.backbone.guarded_elsewhere,
+    }
+    texts = [encoder.query_instruction, encoder.target_instruction, encoder.options.path, record.recipe, record.results]
     return {**about, "identity": io.digest([encoder.fingerprint(), about, texts, FORMAT])}
 
 
@@ -136,7 +132,7 @@ def _write(encoder: Encoder, base: Path, folder: Path, about: dict[str, Any]) ->
     write_st_layout(encoder, folder, ours=bool(about["differences"]))
 
 
-def _remarks(encoder: Encoder, form: Form) -> list[str]:
+def _notes(encoder: Encoder, form: Form) -> list[str]:
     """What a user of the folder must know, for its README."""
     if form == "merged":
         return notes(encoder)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from vlm2vec import plain
 
 
-def card(name: str, settings: dict[str, Any], notes: list[str]) -> str:
+def card(name: str, settings: Mapping[str, Any]) -> str:
     """Markdown. `name` is how the snippets call the folder, `settings` what `vlm2vec.json` says."""
     export = settings["export"]
     made = f"an adapter on `{settings['base']['path']}`" if export["form"] == "adapter" else f"whole weights in {export['dtype']}"
     parts = [
         f"# {name}\n\nAn embedding model for texts, pictures and both together: {made}, exported by vlm2vec.",
         *([said] if (said := _instructions(settings)) else []),
-        _limits(export["differences"], notes),
+        _limits(export["differences"], export["notes"]),
         _code("vlm2vec", ours(name)),
         _code("sentence-transformers", sentence_transformers(name, export)),
     ]
@@ -27,7 +28,7 @@ def card(name: str, settings: dict[str, Any], notes: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _instructions(settings: dict[str, Any]) -> str:
+def _instructions(settings: Mapping[str, Any]) -> str:
     said = {"Queries": settings["query_instruction"], "Targets": settings["target_instruction"]}
     return "\n".join(f"{role} are embedded under the instruction `{text}`." for role, text in said.items() if text)
 
@@ -56,7 +57,7 @@ print(encoder.similarity(queries, targets))
 """
 
 
-def sentence_transformers(name: str, export: dict[str, Any]) -> str:
+def sentence_transformers(name: str, export: Mapping[str, Any]) -> str:
     """The snippet for sentence-transformers."""
     trust = ", trust_remote_code=True" if export["differences"] else ""
     install = "vlm2vec[st]: its code runs, none of this repository does" if trust else "sentence-transformers[image]"
@@ -71,7 +72,7 @@ print(model.similarity(queries, targets))
 """
 
 
-def transformers(name: str, settings: dict[str, Any]) -> str:
+def transformers(name: str, settings: Mapping[str, Any]) -> str:
     """The snippet for transformers alone. It is the code that the parity gate runs."""
     pool = plain.POOLS[settings["model"]["pooling"]]
     guard = ", sanitize_control_tokens=True" if settings["export"]["guarded"] else ""

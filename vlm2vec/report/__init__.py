@@ -10,10 +10,10 @@ from vlm2vec.io import write_atomic
 from vlm2vec.report.contrast import table as comparison_table
 from vlm2vec.report.contrast_page import write_comparison
 from vlm2vec.report.page import render
-from vlm2vec.report.tables import markdown, table
+from vlm2vec.report.tables import markdown, score_table, table
 from vlm2vec.standings import Published
 
-__all__ = ["comparison_table", "markdown", "render", "table", "write_comparison", "write_report"]
+__all__ = ["comparison_table", "markdown", "render", "score_table", "table", "write_comparison", "write_report"]
 
 
 def write_report(

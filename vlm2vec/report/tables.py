@@ -115,6 +115,11 @@ def markdown(
     return "\n\n".join(blocks) + "\n"
 
 
+def score_table(results: Mapping[str, Any]) -> str:
+    """The scores alone as a table in Markdown. Raises InputError for a results format this version does not read."""
+    return "\n".join(_markdown_table(summarize(results)))
+
+
 def _markdown_table(summary: Summary) -> Iterator[str]:
     columns = _columns(summary)
     best = ["best published"] if any(row.best for row in summary.sets) else []
