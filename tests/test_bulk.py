@@ -410,6 +410,7 @@ for source in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """20,000 texts of 1,000 characters, 20 MB of text and 160 MB of tokens, take at most 16 MB more than the first 2,000 of them."""
     lines = [{"text": f"{index} " + "x" * 1000, "id": f"id-{index}"} for index in range(20_000)]

@@ -67,7 +67,8 @@ def check(monkeypatch: pytest.MonkeyPatch, lora: str, **train: Any) -> None:
     assert worst(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_that_of_eager_layers(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
     """What torch captures of a layer, run without generating code, in the two passes of GradCache; dropout draws the same masks."""
     monkeypatch.setattr(module, "BACKEND", "aot_eager")

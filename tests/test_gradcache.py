@@ -328,7 +328,7 @@ def rank_main(rank: int, folder: Path, keep: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("keep", [KEPT[0], *(pytest.param(keep, marks=pytest.mark.slow) for keep in KEPT[1:])])
 def test_sum_over_two_ranks_is_the_gradient_of_one_process(tmp_path, keep):
     environment = {**os.environ, "PYTHONPATH": str(Path(vlm2vec.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path), str(keep)], env=environment) for rank in range(2)]

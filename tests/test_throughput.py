@@ -168,6 +168,7 @@ def test_a_saving_does_not_change_the_gradient(row: ablate.Row, setting: Setting
     assert next(on.ours.encoder.model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_what_is_undone_costs_operations(built: Callable[[str], Built]) -> None:
     """Otherwise an undoing that reaches nothing would show no difference either."""
 

@@ -78,8 +78,16 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+def families_and_variants() -> list[Any]:
+    """Every pair; a third of them, each family and each variant among them, in every run of the tests, all in the slow ones."""
+    return [
+        pytest.param(family, variant, marks=[] if (number + place) % len(VARIANTS) == 0 else pytest.mark.slow)
+        for number, family in enumerate(FAMILIES)
+        for place, variant in enumerate(VARIANTS)
+    ]
+
+
+@pytest.mark.parametrize(("family", "variant"), families_and_variants())
 def test_cached_gradients_equal_the_plain_ones_in_float64(family: str, variant: str, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, family, **VARIANTS[variant])
     try:
