@@ -67,7 +67,7 @@ def training(results: dict[str, Any]) -> str:
         if "training" in found:
             memories = [side["training"] / MEBI for side in found.get("memory", [])]
             settled = [found["settled memory"]["training"] / MEBI, *memories[1:]] if memories else []
-            rows.append(_training(f"{found['name']}, no graph kept", found, found["training"], memories))
+            rows.append(_training(f"{found['name']}, one graph at a time", found, found["training"], memories))
             rows.append(_training(f"{found['name']}, as a run settles it", found, found["training"]["settled"], settled))
     head = ["training", f"pairs/s, ours and {PEER}", "whole step", "model only", "whole, CPU time", "model, CPU time", "peak memory, MiB"]
     return _table(head, rows)
