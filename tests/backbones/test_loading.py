@@ -111,7 +111,7 @@ def test_a_model_that_is_not_in_the_cache_while_offline(tmp_path: Path, monkeypa
 
 def test_of_pickles_only_adapters_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, revision, allow_patterns: asked.extend(allow_patterns) or str(tmp_path))
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, allow_patterns, **_: asked.extend(allow_patterns) or str(tmp_path))
     assert resolve(ModelConfig(path="owner/name")) == tmp_path
     files = ["adapter_model.bin", "adapter_model.safetensors", "adapter_config.json", "pytorch_model.bin", "training_args.bin", "model.pth"]
     assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked)] == files[:3]
@@ -193,6 +193,16 @@ def _change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], ob
 def test_a_missing_tensor(folder: Path) -> None:
     _change_tensors(folder, lambda tensors: tensors.pop("model.connector.modality_projection.proj.weight"))
     _refused(folder, "1 missing tensor, first model.connector.modality_projection.proj.weight")
+
+
+def test_a_head_that_is_not_there_is_zero(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("qwen2_vl"), tmp_path / "model"))
+    _change_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    head = load_backbone(ModelConfig(path=str(folder))).model.get_output_embeddings()
+    assert head.weight.shape[0] > 0 and not head.weight.any()
+    _edit(folder / "config.json", tie_word_embeddings=True)
+    _change_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "embed_tokens" in name])
+    _refused(folder, "2 missing tensors, first lm_head.weight")  # a table is no head, even where the head is the table
 
 
 def test_an_unexpected_tensor(folder: Path) -> None:

@@ -7,7 +7,7 @@ says are errors.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def _code_names(settings: Any, mapped: bool = False) -> Iterator[str]:
 def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Mapping[str, str] | None = None) -> Any:
     """The transformers model in `folder`, every tensor accounted for. Raises ModelError otherwise.
 
-    `aliases` maps names under which a tensor may be stored instead of its own; they are read where the own one is absent.
+    `aliases` maps names under which a tensor may be stored instead of its own; they are read where the own one is absent. Embeddings do not
+    read the head over the vocabulary, and sentence-transformers saves models without it: where it is absent it is zero.
     """
     check_weights(folder)
     stored = tensor_names(folder) if aliases else set()
@@ -125,6 +126,7 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Map
         ignore_mismatched_sizes=True,  # reported below, where both shapes can be named
         output_loading_info=True,
     )
+    report["missing_keys"] = set(report["missing_keys"]) - _zero_head(model, report["missing_keys"])
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(map(_tensor, report[f"{kind}_keys"]))
         if names:
@@ -135,6 +137,18 @@ def load_model(auto_class: str, folder: Path, options: ModelConfig, aliases: Map
     if options.attention == "packed":
         set_packed(model)
     return model
+
+
+def _zero_head(model: Any, missing: Collection[str]) -> set[str]:
+    """The names of those missing tensors that the head over the vocabulary has for itself, which are zero from here on."""
+    head = model.get_output_embeddings() if missing else None
+    if head is None:
+        return set()
+    own = {id(parameter) for parameter in head.parameters()} - {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    found = {name: parameter for name, parameter in model.named_parameters() if name in missing and id(parameter) in own}
+    for parameter in found.values():
+        torch.nn.init.zeros_(parameter)
+    return set(found)
 
 
 def _tensor(entry: str | tuple[str, Any, Any]) -> str:
