@@ -80,6 +80,7 @@ class Hub:
 def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes; the second would wait for a delayed answer to the first
 
         def log_message(self, format: str, *args: Any) -> None:
             """Silence."""

@@ -91,6 +91,7 @@ class _Refused(Exception):
 def _handler(hub: ModelHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two writes; the second would wait for a delayed answer to the first
 
         def log_message(self, format: str, *args: Any) -> None:
             """Silence."""
