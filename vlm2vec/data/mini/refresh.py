@@ -57,7 +57,8 @@ def datasets(root: Path, record: dict[str, Any]) -> dict[str, Any]:
         if counts[spec.name]["train"]
     ]
     sets = [_row(root, spec) for spec in table.SETS]
-    return {"suite": mini.SUITE, "description": DESCRIPTION, "root": f"data/{mini.SUITE}", "sets": sets, "train": train}
+    get = f"vlm2vec data get {mini.SUITE}"
+    return {"suite": mini.SUITE, "description": DESCRIPTION, "root": mini.SUITE, "get": get, "sets": sets, "train": train}
 
 
 def _row(root: Path, spec: SetSpec) -> dict[str, Any]:
