@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,10 @@ MOST = 10_000  # results of a query
 
 @dataclass(frozen=True)
 class Hit:
-    """An item that was found. `images` are paths; a picture that lay inside a parquet file is `thumbnail`, a small WebP."""
+    """An item that was found. `images` are paths; a picture that lay inside a parquet file is `thumbnail`, a small WebP.
+
+    `place` is where its row lies, by which `Index.at` finds the item again, and nothing once that row has moved or is gone.
+    """
 
     score: float
     id: str | int
@@ -65,6 +69,7 @@ class Hit:
     instruction: str
     images: tuple[Path, ...]
     thumbnail: bytes | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Index:
             raise InputError(f"{self.folder} is not finished: run the same vlm2vec index again")
         with self._lock:
             view = self._seen
-            if view is None or view.meta["version"] != meta["version"]:
+            if view is None or any(view.meta[key] != meta[key] for key in ("numbering", "version")):
                 view = _View(meta, store.matrix(self.folder, meta, meta["rows"]), _mask(meta["dead"], meta["rows"]))
             if lists and view.lists is None:
                 view = replace(view, lists=approximate.opened(self.folder / meta["approximate"]["file"]))
@@ -153,7 +158,7 @@ class Index:
             if approximately and not store.read_meta(connection, self.folder).get("approximate"):
                 raise InputError(f"{self.folder} has no lists for approximate search; make them with vlm2vec index --approximate")
             view = self._view(connection, approximately)
-            return [self._hits(connection, best, top) for best in self._best(view, rows_QD, top, approximately)]
+            return [self._hits(connection, view, best, top) for best in self._best(view, rows_QD, top, approximately)]
 
     def _checked(self, query_QD: ArrayLike, top: int) -> NDArray[np.float32]:
         rows_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
@@ -169,18 +174,38 @@ class Index:
         with self._lock:  # the number of probes is set on the lists
             return approximate.search(view.lists, view.rows_ND, rows_QD, top, view.meta["approximate"]["probes"])
 
-    def _hits(self, connection: sqlite3.Connection, best: Best, top: int) -> list[Hit]:
-        query = f"""select {", ".join(f"items.{name}" for name in store.COLUMNS.split(", "))}, webp from vectors
-            join items using (key) left join pictures using (key) where row = ? order by number limit ?"""
+    def at(self, place: str) -> tuple[Hit, NDArray[np.float32]] | None:
+        """The first item whose row lies at the `place` of a hit, and that row (D,); None where there is none any more."""
+        numbering, _, row = place.rpartition("-")
+        with store.connected(self.folder) as connection, store.transaction(connection, "deferred"):
+            view = self._view(connection)
+            if numbering != view.meta["numbering"] or not re.fullmatch(r"\d{1,12}", row) or int(row) >= len(view.rows_ND):
+                return None
+            found = self._items(connection, view, int(row), 1.0, 1)
+            return (found[0], np.array(view.rows_ND[int(row)])) if found else None
+
+    def sample(self, count: int) -> list[Hit]:
+        """At most `count` items, from all over the index."""
+        with store.connected(self.folder) as connection, store.transaction(connection, "deferred"):
+            view = self._view(connection)
+            rows = np.unique(np.linspace(0, len(view.rows_ND) - 1, count, dtype=np.int64)) if len(view.rows_ND) else []
+            return [hit for row in rows for hit in self._items(connection, view, int(row), 0.0, 1)]
+
+    def _hits(self, connection: sqlite3.Connection, view: _View, best: Best, top: int) -> list[Hit]:
         hits: list[Hit] = []
         for row, score in zip(best[0].tolist(), best[1].tolist(), strict=True):
-            for values in connection.execute(query, (row, top - len(hits))):
-                hits.append(self._hit(score, *values))
+            hits += self._items(connection, view, row, score, top - len(hits))
         return hits
 
-    def _hit(self, score: float, id: str, number: int, key: bytes, stamp: str, text: str, instruction: str, images: str, webp: Any) -> Hit:
-        root = Path(self.meta["root"])
-        return Hit(score, json.loads(id), number, text, instruction, tuple(root / path for path in json.loads(images)), webp)
+    def _items(self, connection: sqlite3.Connection, view: _View, row: int, score: float, most: int) -> list[Hit]:
+        """The first `most` items that have a row."""
+        query = """select id, number, text, instruction, images, webp from vectors
+            join items using (key) left join pictures using (key) where row = ? order by number limit ?"""
+        root, place = Path(view.meta["root"]), f"{view.meta['numbering']}-{row}"
+        return [
+            Hit(score, json.loads(id), number, text, instruction, tuple(root / path for path in json.loads(images)), webp, place)
+            for id, number, text, instruction, images, webp in connection.execute(query, (row, most))
+        ]
 
 
 def _mask(dead: Sequence[int], rows: int) -> NDArray[np.bool_] | None:

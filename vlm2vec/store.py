@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     try:
         connection = sqlite3.connect(aside, isolation_level=None)
         connection.executescript(SCHEMA)
-        write_meta(connection, format=FORMAT, file="vectors-0.f32", version=0, run=0, **settings)
+        write_meta(connection, format=FORMAT, file="vectors-0.f32", numbering=_numbering(), version=0, run=0, **settings)
         connection.close()
     except sqlite3.DatabaseError as error:
         raise _explained(aside, error) from error
@@ -160,6 +161,11 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         fsync_path(aside)
         os.replace(aside, folder / DATABASE)
         fsync_path(folder)
+
+
+def _numbering() -> str:
+    """A name for what the numbers of rows mean: another one where rows are numbered anew, or the folder was removed and made again."""
+    return secrets.token_hex(4)
 
 
 class Writer:
@@ -283,7 +289,7 @@ class Writer:
 
     def _set(self, **settings: Any) -> None:
         self.meta = {**self.meta, **settings, "version": self.meta["version"] + 1}
-        write_meta(self.connection, **settings, version=self.meta["version"], file=self.meta["file"])
+        write_meta(self.connection, **settings, version=self.meta["version"], file=self.meta["file"], numbering=self.meta["numbering"])
 
     def tidy(self) -> None:
         """Remove files that no version names any more: older ones, and those of a run that was killed."""
@@ -305,7 +311,7 @@ class Writer:
         whole, kept_N = matrix(self.folder, self.meta, len(live_N)), np.flatnonzero(live_N)
         name = f"vectors-{int(self.meta['file'].split('-')[1].split('.')[0]) + 1}.f32"
         stretches = []
-        self.meta = {**self.meta, "file": name}
+        self.meta = {**self.meta, "file": name, "numbering": _numbering()}
         for first in range(0, len(kept_N), STRETCH):
             rows_ND = whole[kept_N[first : first + STRETCH]]
             stretches.append((first, len(rows_ND), self._append(first, rows_ND.tobytes())))
