@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from vlm2vec import prompts
 from vlm2vec.collate import Features
+from vlm2vec.data.images import load_image
 from vlm2vec.data.types import Item
 from vlm2vec.vectors import iterate_vectors
 
@@ -40,8 +42,9 @@ class Hashing:
         self.encoded += len(window)
         return torch.tensor(np.stack([self.row(each) for each in window]))
 
-    def encode(self, items: Sequence[str], instruction: str = "") -> torch.Tensor:
-        return torch.tensor(np.stack([self.row(features(prompts.render(Item(text, (), instruction)), [])) for text in items]))
+    def encode(self, items: Sequence[str | Item], instruction: str = "") -> torch.Tensor:
+        made = [replace(Item(item) if isinstance(item, str) else item, instruction=instruction) for item in items]
+        return torch.tensor(np.stack([self.row(features(prompts.render(item), list(map(load_image, item.images)))) for item in made]))
 
     def row(self, seen: Features) -> np.ndarray:
         shown = [seen.input_ids, *(image["pixel"] for image in seen.images)]

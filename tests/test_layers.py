@@ -26,7 +26,7 @@ LAYERS = tuple(
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "
         "formats report pipeline export samples backends pictures_only plain probe_file verify hub_card push index",
-        "cli commands __main__ integrations",
+        "cli commands __main__ integrations ui",
     )
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names} | {"data.types": 1}

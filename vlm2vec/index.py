@@ -179,7 +179,7 @@ class Index:
         numbering, _, row = place.rpartition("-")
         with store.connected(self.folder) as connection, store.transaction(connection, "deferred"):
             view = self._view(connection)
-            if numbering != view.meta["numbering"] or not re.fullmatch(r"\d{1,12}", row) or int(row) >= len(view.rows_ND):
+            if numbering != view.meta["numbering"] or not re.fullmatch("[0-9]{1,12}", row) or int(row) >= len(view.rows_ND):
                 return None
             found = self._items(connection, view, int(row), 1.0, 1)
             return (found[0], np.array(view.rows_ND[int(row)])) if found else None
