@@ -188,8 +188,8 @@ class Index:
         """At most `count` items, from all over the index."""
         with store.connected(self.folder) as connection, store.transaction(connection, "deferred"):
             view = self._view(connection)
-            rows = np.unique(np.linspace(0, len(view.rows_ND) - 1, count, dtype=np.int64)) if len(view.rows_ND) else []
-            return [hit for row in rows for hit in self._items(connection, view, int(row), 0.0, 1)]
+            rows = np.unique(np.linspace(0, max(0, len(view.rows_ND) - 1), count, dtype=np.int64))
+            return [hit for row in rows.tolist() for hit in self._items(connection, view, row, 0.0, 1)]
 
     def _hits(self, connection: sqlite3.Connection, view: _View, best: Best, top: int) -> list[Hit]:
         hits: list[Hit] = []

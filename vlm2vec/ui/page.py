@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from urllib.parse import urlencode
 
@@ -37,7 +38,7 @@ def page(searcher: Searcher, question: Question, results: Markup) -> str:
     values = {
         "title": f"Search {searcher.index.folder.name}",
         "name": searcher.index.folder.name,
-        "about": f"{meta['items']:,} items, found by meaning with {meta['loading']['path']}",
+        "about": f"{meta['items']:,} items, found by meaning with {'/'.join(Path(meta['loading']['path']).parts[-2:])}",
         "limit": UPLOAD,
         "longest": LONGEST,
         "most": MOST,
@@ -88,12 +89,12 @@ def _plain(rank: int, hit: Hit) -> dict[str, object]:
 
 def _asked(answer: Answer) -> list[Markup]:
     if answer.like is not None:
-        return [el("span", "to ", el("em", answer.like.id), class_="asked"), _face(answer.like)]
+        return [el("span", "to ", el("em", answer.like.id), class_="of"), _face(answer.like)]
     text, picture = shorten(answer.question.text.strip()), answer.question.picture
     words = [el("em", text)] if text else []
     if not picture:
-        return [el("span", "to ", *words, class_="asked")]
-    return [el("span", "to ", *words, " and this picture" if text else "this picture", class_="asked"), _own(picture)]
+        return [el("span", "to ", *words, class_="of")]
+    return [el("span", "to ", *words, " and this picture" if text else "this picture", class_="of"), _own(picture)]
 
 
 def _own(data: bytes) -> Markup:

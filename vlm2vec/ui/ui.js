@@ -18,12 +18,11 @@ const state = () => ({
 
 const address = (asked) => {
   const values = new URLSearchParams();
-  for (const name of ["text", "instruction", "top"]) if (asked[name] && !(asked.like && name === "text")) values.set(name, asked[name]);
-  if (asked.like) values.set("like", asked.like);
+  for (const name of asked.like ? ["like", "top"] : ["text", "instruction", "top"]) values.set(name, asked[name]); // no instruction is one too
   return asked.picture === null && (asked.text || asked.like) ? "/?" + values : "/";
 };
 
-// A form without `like`: the picture goes with it only where no item is asked with.
+// What is sent: an item stands in the stead of words and picture.
 function body(asked) {
   const data = new FormData();
   for (const name of ["instruction", "top"]) data.set(name, asked[name]);
@@ -57,13 +56,17 @@ async function search({ remember = true, focus = false } = {}) {
     fail("The server gives no answer. Is vlm2vec ui still running?");
   }
   if (mine !== running) return;
-  results.removeAttribute("aria-busy");
-  document.body.classList.remove("busy");
+  rest();
   if (focus) {
     results.focus({ preventScroll: true });
-    results.scrollIntoView({ block: "nearest" });
     scrollTo({ top: 0 });
   }
+}
+
+function rest() {
+  running?.abort();
+  results.removeAttribute("aria-busy");
+  document.body.classList.remove("busy");
 }
 
 function show(html) {
@@ -84,6 +87,7 @@ function fail(message) {
 function take(file) {
   if (file && file.size > Number(form.dataset.limit)) {
     setFile(null);
+    rest();
     return fail(`the picture is too large: at most ${Math.floor(form.dataset.limit / 1e6)} MB are read`);
   }
   setFile(file);
