@@ -57,6 +57,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.mark.slow
 def test_it_serves_until_it_is_interrupted(index: Path) -> None:
     with served(index) as address:
         with urllib.request.urlopen(f"{address}/?text=red&top=1", timeout=30) as answer:
