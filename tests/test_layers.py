@@ -25,7 +25,7 @@ LAYERS = tuple(
         "data collate transport backbones batch feed shards cache feature_cache vectors suite composition store approximate",
         "lora encoder engines budget checkpoint inventory",
         "precompute probe step trainer plan estimate workload evalsets fill bulk batched scoring evaluate results standings compare "
-        "formats report pipeline export samples backends pictures_only plain probe_file verify hub_card push index",
+        "formats report pipeline export samples backends pictures_only plain probe_file verify hub_card push index serve",
         "cli commands __main__ integrations ui",
     )
 )

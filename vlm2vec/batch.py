@@ -23,7 +23,7 @@ from vlm2vec import prompts
 from vlm2vec.backbones.base import Processor
 from vlm2vec.collate import Features
 from vlm2vec.data.bad import BadPair, too_many
-from vlm2vec.data.images import load_image
+from vlm2vec.data.images import DEFAULT_LIMITS, Limits, load_image
 from vlm2vec.data.types import ImageRef, Item, Pair
 from vlm2vec.errors import ImageError, Vlm2VecError
 from vlm2vec.feature_cache import FeatureCache
@@ -42,20 +42,20 @@ class Batch:
     bad: list[BadPair] = field(default_factory=list)
 
 
-def featurize(processor: Processor, item: Item, cache: FeatureCache | None = None) -> Features:
+def featurize(processor: Processor, item: Item, cache: FeatureCache | None = None, limits: Limits = DEFAULT_LIMITS) -> Features:
     """Tokens and pixels of one item: render its prompt, decode its pictures, process. A chat has a turn of its own for the instruction.
 
-    A picture that `cache` holds is not decoded: its features take the place of pixels.
+    A picture that `cache` holds is not decoded: its features take the place of pixels. `limits` say which pictures are read at all.
     """
     options = processor.options
     shown = replace(item, instruction="") if options.prompt == "chat" else item
-    images = [(cache.known(image) if cache else None) or decoded(processor, image) for image in item.images]
+    images = [(cache.known(image) if cache else None) or decoded(processor, image, limits) for image in item.images]
     return processor.features(prompts.render(shown, options.keep_stray), images, item.instruction)
 
 
-def decoded(processor: Processor, image: ImageRef) -> Image.Image:
+def decoded(processor: Processor, image: ImageRef, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """The pixels of a picture for this processor, as `model.decode` says."""
-    return load_image(image, needed=processor.needed_size if processor.options.decode == "draft" else None)
+    return load_image(image, limits, needed=processor.needed_size if processor.options.decode == "draft" else None)
 
 
 def make_batch(

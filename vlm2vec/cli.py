@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from vlm2vec import log
-from vlm2vec.commands import compare, data, encode, estimate, eval, export, index, keys, push, search, train, ui, verify
+from vlm2vec.commands import compare, data, encode, estimate, eval, export, index, keys, push, search, serve, train, ui, verify
 from vlm2vec.errors import Vlm2VecError
 
 EXIT_CODES = """exit codes: 0 finished, 2 wrong input, 3 not-a-number stopped the run, 4 disk or machine refused, 5 run folder in use,
@@ -25,6 +25,7 @@ COMMANDS = {
     "index": (index, "make a folder of pictures, JSONL or parquet searchable"),
     "search": (search, "find what is nearest to a text, a picture or both"),
     "ui": (ui, "search an index in the browser, with words or a picture"),
+    "serve": (serve, "answer OpenAI's embeddings route, with pictures"),
     "data": (data, "fetch, build, make up or check data"),
     "keys": (keys, "list every key of a recipe with type, default and meaning"),
 }

@@ -19,13 +19,18 @@ def model_arguments(command: argparse.ArgumentParser, name: str = "model") -> No
     command.add_argument("--revision", help="commit or tag of a model on the Hub")
 
 
-def device_arguments(command: argparse.ArgumentParser) -> None:
-    """Where and how it runs."""
+def compute_arguments(command: argparse.ArgumentParser) -> None:
+    """Where and in which precision the model runs."""
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: the model's)")
     command.add_argument("--autocast", choices=["fp32", "bf16"], default="fp32", help="number format of the forward pass (default: fp32)")
     command.add_argument("--device", help="cpu, cuda or cuda:<n> (default: a GPU if there is one)")
     command.add_argument("--option", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's model section, as positions=flat")
     command.add_argument("--chunk-tokens", type=positive, default=32768, help="tokens of one forward, padding included (default: 32768)")
+
+
+def device_arguments(command: argparse.ArgumentParser) -> None:
+    """Where and how a corpus is encoded."""
+    compute_arguments(command)
     command.add_argument("--workers", type=int, default=0, help="processes that decode pictures ahead (default: 0)")
 
 
