@@ -126,7 +126,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, 400, "messages[0]", "role, content"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages", "text or image_url"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "image_url"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/a"}}]}]}, 400, "messages.image", "nothing"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "//h"}}]}]}, 400, "messages.image", "nothing"),
     (
         {
             "messages": [
