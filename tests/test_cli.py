@@ -41,7 +41,7 @@ def call(
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, cwd=ROOT)
 
 
-LAUNCHED = ("quickstart", "phi35_lora")  # in every run of the tests; all others in the slow ones
+LAUNCHED = ("quickstart",)  # in every run of the tests; all others in the slow ones
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,7 @@ def check_run(recipe: Path, tmp_path: Path, said: str) -> None:
     assert "data:image/" in page and "picture missing" not in page
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_first_step_as_one(tmp_path: Path) -> None:
     """The whole path with a process group: same pairs, same global loss and gradient norm to rounding."""
     model = [
@@ -193,6 +194,7 @@ def test_encode_with_the_instructions_of_the_model(tmp_path: Path, monkeypatch: 
         assert json.loads((Path(out) / "manifest.json").read_text())["instruction"] == instruction
 
 
+@pytest.mark.slow
 def test_encode_on_two_processes_makes_the_bytes_of_one(tmp_path: Path) -> None:
     for index in range(6):
         paint(tmp_path / "in" / f"{index}", (40 * index, 90, 9))

@@ -24,7 +24,7 @@ def imported() -> None:
     warm_up()
 
 
-@pytest.mark.parametrize("engine", engines("ddp", "fsdp2", "zero1"))
+@pytest.mark.parametrize("engine", engines("fsdp2"))
 def test_a_run_resumes_bit_for_bit(engine: str, tmp_path: Path) -> None:
     check_resuming(engine, tmp_path, FULL)
 
@@ -65,6 +65,7 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 def test_a_run_goes_on_under_another_engine_and_another_number_of_processes(tmp_path: Path) -> None:
     """Two ranks under ZeRO-3, four under DDP, two under FSDP2, one alone: one run, the same to rounding."""

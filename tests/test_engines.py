@@ -44,7 +44,7 @@ def test_two_ranks_take_the_step_of_one_process(situation: str, engine: str, tmp
 
 
 @pytest.mark.parametrize("engine", engines("zero1", "zero3"))
-@pytest.mark.parametrize("situation", HARD)
+@pytest.mark.parametrize("situation", [HARD[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HARD[1:])])
 def test_zero_takes_the_step_of_one_process(situation: str, engine: str, tmp_path: Path) -> None:
     check(situation, engine, "adamw", tmp_path)
 

@@ -65,6 +65,7 @@ def test_two_processes_are_as_good_as_one(made: Path, encoder: Encoder, alone: s
     assert [(tmp_path / f"{rank}.json").read_text() for rank in (0, 1)] == [alone] * 2
 
 
+@pytest.mark.slow
 def test_a_launcher_of_two_processes(made: Path, alone: str, tmp_path: Path) -> None:
     launch = "-m accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = f"{launch} --dynamo_backend no --module vlm2vec eval {MODEL} --suite {made / 'datasets.yaml'} --to {tmp_path} --subset"

@@ -143,7 +143,7 @@ def requests_of_a_push(hub: ModelHub, tmp_path: Path) -> int:
     return len(hub.asked)
 
 
-@pytest.mark.parametrize("actions", [(429, 500, 503), ("lost",), ("unheard",)], ids=str)
+@pytest.mark.parametrize("actions", [(429, 500, 503), pytest.param(("lost",), marks=pytest.mark.slow), ("unheard",)], ids=str)
 def test_what_passes_is_tried_again(actions: tuple[Action, ...], hub: ModelHub, tmp_path: Path) -> None:
     for at in range(1, 1 + requests_of_a_push(hub, tmp_path)):
         hub.blobs.clear()
@@ -155,7 +155,7 @@ def test_what_passes_is_tried_again(actions: tuple[Action, ...], hub: ModelHub, 
         assert len(hub.repositories[f"ann/{at}"].branches["main"]) == 3  # also where the answer to the commit was lost
 
 
-@pytest.mark.parametrize("action", ["lost", "unheard"])
+@pytest.mark.parametrize("action", [pytest.param("lost", marks=pytest.mark.slow), "unheard"])
 def test_killed_at_every_request_the_branch_is_old_or_new(action: Action, hub: ModelHub, tmp_path: Path) -> None:
     """kill -9 when a request arrives, before or after the server acts on it; then the same push again, and once more."""
     old, new = folder(tmp_path, "old"), folder(tmp_path, "new")

@@ -133,6 +133,7 @@ def test_the_budget_stops_at_the_right_count(
     tally("F12", "more damaged pictures than data.max_bad_fraction", "exit code 2 at the first one too many, with a table of reasons", 1)
 
 
+@pytest.mark.slow
 def test_a_larger_budget_goes_on_from_there(damaged: Path, tmp_path: Path) -> None:
     assert exit_code(forked_run(recipe_for(damaged, tmp_path / "a", 60, max_bad_fraction=0.005))) == 2
     assert exit_code(forked_run(recipe_for(damaged, tmp_path / "a", 60))) == 0

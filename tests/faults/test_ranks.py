@@ -145,7 +145,9 @@ def fill_memory(step: int, on_rank: int, chunk: int, second_pass: bool, times: i
 
 
 @pytest.mark.parametrize("engine", [*engines("ddp"), *engines("zero2", mark=pytest.mark.faults)])
-@pytest.mark.parametrize(("chunk", "second_pass"), [(0, False), (2, False), (0, True), (2, True)])
+@pytest.mark.parametrize(
+    ("chunk", "second_pass"), [(2, True), *(pytest.param(*where, marks=pytest.mark.slow) for where in ((0, False), (2, False), (0, True)))]
+)
 def test_a_full_memory_shrinks_the_chunks_and_nothing_else(engine: str, chunk: int, second_pass: bool, tmp_path: Path) -> None:
     keys = {"lora": "{rank: 4}", "steps": 3}
     assert run_on_ranks(recipe_of(tmp_path / "calm", engine, **keys)) == [0, 0]

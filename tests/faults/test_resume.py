@@ -24,6 +24,7 @@ FAR = 1_000_000
 EVERY_STEP = {"steps": STEPS, "every": 1, "keep": 99}
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_bits(tmp_path: Path, tally: Callable[..., None]) -> None:
     expected = whole_run(tmp_path / "a")
     assert whole_run(tmp_path / "b") == expected
