@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,22 @@ YAML = """  - name: {name}
     source: made up
     licence: CC0-1.0
 """
+
+
+def word(dice: random.Random) -> str:
+    """A letter and four digits, of which there are few, so that words repeat and tie."""
+    return f"{dice.choice('abc')} " + "".join(dice.choice("012") for _ in range(4))
+
+
+def lists_with_copies() -> list[Row]:
+    """200 queries, each with up to 15 words, some of them copies, also of the gold."""
+    dice = random.Random(5)
+    rows: list[Row] = []
+    for number in range(200):
+        candidates = [word(dice) for _ in range(dice.randint(1, 12))]
+        candidates += dice.choices(candidates, k=dice.randint(0, 3))
+        rows.append(((f"{number} {word(dice)}", ""), [(candidate, "") for candidate in candidates]))
+    return rows
 
 
 class Compass:

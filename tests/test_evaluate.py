@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.suites import PENCIL, TIED, Broken, Compass, Constant, Row, paint, pencil_suite, write_set, write_suite
+from tests.suites import PENCIL, TIED, Broken, Compass, Constant, Row, lists_with_copies, paint, pencil_suite, write_set, write_suite
 from vlm2vec import fill as filling
 from vlm2vec.cache import EmbeddingCache
 from vlm2vec.data.types import Item
@@ -129,16 +129,7 @@ class Words(Compass):
 
 @pytest.mark.parametrize("protocol", ["strict", "reference"])
 def test_against_a_naive_loop_on_ties_and_duplicates(tmp_path: Path, protocol: str) -> None:
-    dice = random.Random(5)
-
-    def word() -> str:
-        return f"{dice.choice('abc')} " + "".join(dice.choice("012") for _ in range(4))
-
-    rows = []
-    for number in range(200):
-        candidates = [word() for _ in range(dice.randint(1, 12))]
-        candidates += dice.choices(candidates, k=dice.randint(0, 3))  # duplicates, some of them of the gold
-        rows.append(((f"{number} {word()}", ""), [(candidate, "") for candidate in candidates]))
+    rows = lists_with_copies()
     write_suite(tmp_path, {"words": ("retrieval", "IND", rows)})
     found = run(tmp_path, Words(), protocol=protocol)["sets"]["words"]
     assert found["score"] == sum(_naive(row, protocol) for row in rows) / len(rows)

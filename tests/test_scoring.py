@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.suites import Compass, Row, write_set, write_suite
+from tests.suites import Compass, Row, lists_with_copies, word, write_set, write_suite
 from vlm2vec.data.types import Item
 from vlm2vec.errors import InputError
 from vlm2vec.evaluate import evaluate, scores_json
@@ -40,10 +40,6 @@ def word_row(text: str) -> np.ndarray:
     return np.array([int(digit) - 1 for digit in text.split()[-1]]) / 4
 
 
-def word(dice: random.Random) -> str:
-    return f"{dice.choice('abc')} " + "".join(dice.choice("012") for _ in range(4))
-
-
 def run(root: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     evaluation = evaluate(Words(), load_suite(root), root / "cache", **options)
     return evaluation.results, list(evaluation.predictions())
@@ -54,12 +50,7 @@ def run(root: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]
 
 @pytest.fixture
 def listed(tmp_path: Path) -> list[Row]:
-    dice = random.Random(5)
-    rows = []
-    for number in range(200):
-        candidates = [word(dice) for _ in range(dice.randint(1, 12))]
-        candidates += dice.choices(candidates, k=dice.randint(0, 3))  # duplicates, some of them of the gold
-        rows.append(((f"{number} {word(dice)}", ""), [(candidate, "") for candidate in candidates]))
+    rows = lists_with_copies()
     write_suite(tmp_path, {"words": ("retrieval", "IND", rows)})
     return rows
 

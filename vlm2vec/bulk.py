@@ -201,7 +201,7 @@ class _Job:
         """What becomes of the rows of the shards, in order; `workers` processes decode and tokenize ahead, across shards."""
         rows = self.corpus.read([range(shard.first, shard.first + shard.items) for shard in todo])
         featurizer = _Featurizer(self.encoder.processor, Path(self.corpus.images), self.instruction)
-        blocks = read_ahead(featurizer, _blocks(rows), self.workers)  # starts the processes here, not in a thread
+        blocks = read_ahead(featurizer, blocks_of(rows), self.workers)  # starts the processes here, not in a thread
         return (outcome for block in blocks for outcome in block)
 
     def skip(self, outcome: Outcome) -> dict[str, Any]:
@@ -211,13 +211,8 @@ class _Job:
         return {"row": outcome.row.number, "id": outcome.id, "reason": outcome.reason}
 
     def embed(self, kept: Sequence[Outcome]) -> NDArray[np.float32]:
-        if not kept:
-            return np.empty((0, self.encoder.backbone.hidden_size), np.float32)
-        try:
-            rows = self.encoder.embed_features([outcome.features for outcome in kept if outcome.features is not None], self.chunk_tokens)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"between {kept[0].row.place} and {kept[-1].row.place}: {error}") from None
-        return np.asarray(rows, dtype=np.float32)
+        features = [outcome.features for outcome in kept if outcome.features is not None]
+        return embed_window(self.encoder, features, [outcome.row for outcome in kept], self.chunk_tokens)
 
 
 class _Featurizer(torch.utils.data.Dataset):
@@ -237,9 +232,23 @@ class _Featurizer(torch.utils.data.Dataset):
             return Outcome(light, row.id, None, str(error))
 
 
-def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+Given = TypeVar("Given")
+
+
+def blocks_of(rows: Iterator[Given]) -> Iterator[list[Given]]:
+    """Consecutive rows, BLOCK at a time: what a worker takes."""
     while block := list(islice(rows, BLOCK)):
         yield block
+
+
+def embed_window(encoder: Any, features: Sequence[Features], rows: Sequence[Row], chunk_tokens: int) -> NDArray[np.float32]:
+    """Embeddings (N, D) of the N items of a window, made of `rows`. Raises NonFiniteError that says between which rows."""
+    if not features:
+        return np.empty((0, encoder.backbone.hidden_size), np.float32)
+    try:
+        return np.asarray(encoder.embed_features(features, chunk_tokens), dtype=np.float32)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"between {rows[0].place} and {rows[-1].place}: {error}") from None
 
 
 class Featured(Protocol):

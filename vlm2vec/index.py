@@ -19,7 +19,6 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -31,13 +30,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from vlm2vec import approximate, io, log, store
 from vlm2vec.batch import featurize
-from vlm2vec.bulk import BLOCK, windows_of
+from vlm2vec.bulk import blocks_of, embed_window, windows_of
 from vlm2vec.cache import content_digest
 from vlm2vec.collate import Features
 from vlm2vec.data.images import content_key, load_image
 from vlm2vec.data.items import Corpus, Row, item_of, scan
 from vlm2vec.data.types import ImageRef, Item
-from vlm2vec.errors import DataError, InputError, NonFiniteError
+from vlm2vec.errors import DataError, InputError
 from vlm2vec.io import digest
 from vlm2vec.nearest import Best, nearest
 from vlm2vec.quantize import truncate
@@ -357,13 +356,9 @@ class _Job:
         return {**self.writer.changes(), "encoded": encoded, "skipped": len(self.skipped)}
 
     def outcomes(self) -> Iterator[_Outcome]:
-        blocks = read_ahead(_Featurizer(self.encoder.processor), self.blocks(), self.workers)
-        return (outcome for block in blocks for outcome in block)
-
-    def blocks(self) -> Iterator[list[_Task]]:
         tasks = self.tasks(self.corpus.read([range(len(self.corpus))]))
-        while block := list(islice(tasks, BLOCK)):
-            yield block
+        blocks = read_ahead(_Featurizer(self.encoder.processor), blocks_of(tasks), self.workers)
+        return (outcome for block in blocks for outcome in block)
 
     def tasks(self, rows: Iterator[Row]) -> Iterator[_Task]:
         """What is to be done for each row: its item is left out where its content is known, or comes before it in this run."""
@@ -416,11 +411,9 @@ class _Job:
         """(N, D) float32 rows of the new items, at the length of the index."""
         if not fresh:
             return np.empty((0, self.writer.meta["dims"]), np.float32)
-        try:
-            rows_ND = self.encoder.embed_features([each.features for each in fresh if each.features is not None], self.chunk_tokens)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"between {fresh[0].task.row.place} and {fresh[-1].task.row.place}: {error}") from None
-        return truncate(np.asarray(rows_ND), self.writer.meta["dims"])
+        features = [each.features for each in fresh if each.features is not None]
+        rows_ND = embed_window(self.encoder, features, [each.task.row for each in fresh], self.chunk_tokens)
+        return truncate(rows_ND, self.writer.meta["dims"])
 
 
 def _key(outcome: _Outcome) -> bytes:

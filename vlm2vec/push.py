@@ -21,12 +21,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 from safetensors import safe_open
 
-from vlm2vec.data.hub import checksum_of
+from vlm2vec.data.hub import checksum_of, stated_checksum
 from vlm2vec.errors import EnvError, InputError, ManifestError, NonFiniteError
 from vlm2vec.export.record import RESULTS
 from vlm2vec.hub_card import model_card
 from vlm2vec.io import MANIFEST, read_json, verify_manifest
-from vlm2vec.remote import FAILURES, Patience
+from vlm2vec.remote import patiently
 from vlm2vec.verify import CARD, export_settings
 
 THEIRS = (".gitattributes",)  # what the Hub itself puts into a repository
@@ -79,15 +79,9 @@ def push_export(
 
 def licence_of(base: str | None) -> str:
     """What the card of a base on the Hub says. Raises InputError where it says nothing, or where there is no such base."""
-    told = None
-    patience = Patience(f"licence of {base}")
-    while base:
-        try:
-            about = HfApi(endpoint=os.environ.get("HF_ENDPOINT")).model_info(base).card_data
-            told = about.get("license") if about else None
-            break
-        except FAILURES as error:
-            patience.wait(error)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    about = patiently(f"licence of {base}", lambda: api.model_info(base).card_data) if base else None
+    told = about.get("license") if about else None
     if not told:
         raise InputError(f"nothing says under which licence the base {base or 'of this model'} stands; say it with --licence")
     return str(told)
@@ -106,14 +100,7 @@ def push(
     what = f"model {repository}@{revision}"
     if not dry_run and not get_token():
         raise InputError(f"{what}: no token; make one that may write at https://huggingface.co/settings/tokens and set HF_TOKEN to it")
-    patience = Patience(what, "write")
-    while True:
-        try:
-            return _attempt(api, files, repository, revision, private, replace, dry_run)
-        except FAILURES as error:
-            patience.wait(error)
-        except RuntimeError as error:  # of an upload, in which the client wraps what went wrong
-            patience.wait(error.__cause__ if isinstance(error.__cause__, FAILURES) else error)
+    return patiently(what, lambda: _attempt(api, files, repository, revision, private, replace, dry_run), "write", (RuntimeError,))
 
 
 def _attempt(api: HfApi, files: Files, repository: str, revision: str, private: bool, replace: bool, dry_run: bool) -> Pushed:
@@ -186,7 +173,7 @@ def _remote(api: HfApi, repository: str, revision: str, private: bool) -> Remote
     if private and not info.private:
         raise InputError(f"model {repository} is public; make it private in its settings on the Hub, or push without --private")
     tree = api.list_repo_tree(repository, recursive=True, revision=info.sha)
-    files = {file.path: f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}" for file in tree if isinstance(file, RepoFile)}
+    files = {file.path: stated_checksum(file) for file in tree if isinstance(file, RepoFile)}
     return Remote(info.sha, files)
 
 

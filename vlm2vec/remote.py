@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_token
@@ -33,6 +35,24 @@ class Patience:
         pause = min(max(WAITS[self._tries - 1], _asked_for(error)), LONGEST_WAIT)
         _logger.warning("%s: %s; trying again in %d s", self._what, words(error), pause)
         time.sleep(pause)
+
+
+T = TypeVar("T")
+
+
+def patiently(what: str, call: Callable[[], T], to: str = "read", wrappers: tuple[type[Exception], ...] = ()) -> T:
+    """What `call` returns, tried again while its failures pass. Raises what the last one means for the user.
+
+    `wrappers` are errors in which the client may wrap a failure; they are failures by themselves too.
+    """
+    patience = Patience(what, to)
+    while True:
+        try:
+            return call()
+        except FAILURES as error:
+            patience.wait(error)
+        except wrappers as error:
+            patience.wait(error.__cause__ if isinstance(error.__cause__, FAILURES) else error)
 
 
 def _status(error: Exception) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,8 +29,8 @@ from mteb.types import PromptType
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.suites import PENCIL, TIED, Compass, Constant, pencil_suite, write_suite
-from tests.test_scoring import Words, word, write_corpus
+from tests.suites import PENCIL, TIED, Compass, Constant, lists_with_copies, pencil_suite, write_suite
+from tests.test_scoring import Words, write_corpus
 from vlm2vec import Encoder, prompts, ranking
 from vlm2vec.data.made import write_made
 from vlm2vec.data.types import ImageRef, Item
@@ -194,13 +193,7 @@ def test_a_foreign_model_scores_the_same_on_the_sets_of_mmeb(made: Suite, tmp_pa
 
 
 def test_ties_and_copies_among_two_hundred_lists(tmp_path: Path) -> None:
-    dice = random.Random(5)
-    rows = []
-    for number in range(200):
-        candidates = [word(dice) for _ in range(dice.randint(1, 12))]
-        candidates += dice.choices(candidates, k=dice.randint(0, 3))  # copies, some of them of the gold
-        rows.append(((f"{number} {word(dice)}", ""), [(candidate, "") for candidate in candidates]))
-    suite = write_suite(tmp_path, {"words": ("retrieval", "IND", rows)})
+    suite = write_suite(tmp_path, {"words": ("retrieval", "IND", lists_with_copies())})
     suite = replace(suite, sets=(replace(suite.sets[0], query_modality="T"),))
     ours = evaluate(Words(), suite, tmp_path / "cache").results
     result = run(Foreign(Words()), suite_tasks(suite))

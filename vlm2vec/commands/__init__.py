@@ -27,3 +27,12 @@ def column(text: str) -> tuple[str, str]:
     if key not in ("id", "text", "image", "instruction") or not equals or not name:
         raise argparse.ArgumentTypeError(f"must look like KEY=NAME with a KEY of id, text, image, instruction; got {text!r}")
     return key, name
+
+
+def corpus_arguments(command: argparse.ArgumentParser) -> None:
+    """Which items, and how they are read and kept: shared by the commands that embed a corpus."""
+    command.add_argument("items", help="a folder of pictures, a .jsonl or .parquet file, or a folder of such files")
+    command.add_argument("--columns", nargs="+", type=column, default=[], metavar="KEY=NAME", help="names in the files, as text=caption")
+    command.add_argument("--images", help="folder below which the paths of pictures lie (default: the folder of the file)")
+    command.add_argument("--dims", type=positive, help="keep the first numbers only, at unit length (Matryoshka)")
+    command.add_argument("--skip-bad", action="store_true", help="leave out items that cannot be read and list them in skipped.jsonl")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.commands import column, positive, say
+from vlm2vec.commands import corpus_arguments, positive, say
 from vlm2vec.commands.loading import device_arguments, load_encoder, model_arguments, start_ranks
 from vlm2vec.errors import InputError
 from vlm2vec.signals import StopSignal
@@ -27,19 +27,15 @@ several pictures. Killed, the same command goes on where it was. docs/encode.md 
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     model_arguments(command)
-    command.add_argument("items", help="a folder of pictures, a .jsonl or .parquet file, or a folder of such files")
+    corpus_arguments(command)
     command.add_argument("--to", required=True, help="the folder to fill")
     roles = command.add_mutually_exclusive_group()
     roles.add_argument("--instruction", default="", help="instruction for items that bring none")
     roles.add_argument("--query", action="store_true", help="use the query instruction that the model was saved with")
     roles.add_argument("--target", action="store_true", help="use the target instruction that the model was saved with")
-    command.add_argument("--columns", nargs="+", type=column, default=[], metavar="KEY=NAME", help="names in the files, as text=caption")
-    command.add_argument("--images", help="folder below which the paths of pictures lie (default: the folder of the file)")
     command.add_argument("--precision", choices=["float32", "float16", "int8", "binary"], default="float32", help="how numbers are stored")
-    command.add_argument("--dims", type=positive, help="keep the first numbers only, at unit length (Matryoshka)")
     command.add_argument("--format", choices=["safetensors", "numpy"], default="safetensors", help="files of the shards")
     command.add_argument("--shard-items", type=positive, default=4096, help="items of a shard (default: 4096); a kill costs at most one")
-    command.add_argument("--skip-bad", action="store_true", help="leave out items that cannot be read and list them in skipped.jsonl")
     command.add_argument("--dry-run", action="store_true", help="count, and encode nothing")
     device_arguments(command)
 

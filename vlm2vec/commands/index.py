@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm2vec.commands import column, positive, say
+from vlm2vec.commands import corpus_arguments, say
 from vlm2vec.commands.loading import chosen_device, chosen_options, device_arguments, load_encoder, model_arguments
 from vlm2vec.errors import InputError
 from vlm2vec.signals import StopSignal
@@ -23,14 +23,10 @@ Killed, the same command goes on where it was; an index that is there answers un
 
 def arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    command.add_argument("items", help="a folder of pictures, a .jsonl or .parquet file, or a folder of such files")
+    corpus_arguments(command)
     command.add_argument("--to", required=True, help="the folder of the index")
     model_arguments(command, "--model")
     command.add_argument("--instruction", help="instruction for items that bring none (default: the model's target instruction)")
-    command.add_argument("--columns", nargs="+", type=column, default=[], metavar="KEY=NAME", help="names in the files, as text=caption")
-    command.add_argument("--images", help="folder below which the paths of pictures lie (default: the folder of the file)")
-    command.add_argument("--dims", type=positive, help="keep the first numbers only, at unit length (Matryoshka)")
-    command.add_argument("--skip-bad", action="store_true", help="leave out items that cannot be read and list them in skipped.jsonl")
     command.add_argument("--approximate", action="store_true", help="make lists for search --approximate, and measure their recall")
     device_arguments(command)
 

@@ -22,7 +22,7 @@ from vlm2vec.errors import DataError, EnvError
 from vlm2vec.io.disk import DiskErrors
 from vlm2vec.io.faults import fault
 from vlm2vec.log import get_logger
-from vlm2vec.remote import FAILURES, TIMEOUT, Patience, explained
+from vlm2vec.remote import FAILURES, TIMEOUT, Patience, explained, patiently
 
 BLOCK = 1 << 20  # bytes read from a file at once
 PIECE = 1 << 16  # bytes of a download written at once: what a broken connection loses at most
@@ -49,16 +49,10 @@ def commit_of(repository: str, revision: str) -> str:
     """The commit that a branch, tag or commit of a dataset repository stands for."""
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     what = f"dataset {repository}@{revision}"
-    patience = Patience(what)
-    while True:
-        try:
-            found = api.dataset_info(repository, revision=revision, timeout=TIMEOUT).sha
-        except FAILURES as error:
-            patience.wait(error)
-            continue
-        if not found:
-            raise DataError(f"{what}: the server names no commit")
-        return found
+    found = patiently(what, lambda: api.dataset_info(repository, revision=revision, timeout=TIMEOUT).sha)
+    if not found:
+        raise DataError(f"{what}: the server names no commit")
+    return found
 
 
 def list_files(repository: str, commit: str) -> list[RemoteFile]:
@@ -73,10 +67,15 @@ def list_files(repository: str, commit: str) -> list[RemoteFile]:
 
 def _remote(repository: str, commit: str, file: RepoFile) -> RemoteFile:
     """Path and checksum become names of files here, so neither may be anything else."""
-    checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+    checksum = stated_checksum(file)
     if unsafe(file.path) or not _CHECKSUM.fullmatch(checksum):
         raise DataError(f"{repository}@{commit}: the server lists {file.path[:200]!a} with checksum {checksum[:80]!a}; refused")
     return RemoteFile(repository, commit, file.path, file.size, checksum)
+
+
+def stated_checksum(file: RepoFile) -> str:
+    """What the server says of a file's bytes, in the form of RemoteFile.checksum."""
+    return f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
 
 
 def matches(path: Path, file: RemoteFile) -> bool:

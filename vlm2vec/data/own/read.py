@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,14 +133,8 @@ def _pairs(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _batched(pairs: Iterator[tuple[int, int, dict[str, Any]]]) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
-    held = []
-    for pair in pairs:
-        held.append(pair)
-        if len(held) == _BATCH:
-            yield held
-            held = []
-    if held:
-        yield held
+    while batch := list(islice(pairs, _BATCH)):
+        yield batch
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------------------------

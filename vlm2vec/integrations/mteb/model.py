@@ -6,7 +6,7 @@ Shape letters: Q queries, N targets, D embedding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +128,8 @@ def _undecoded(inputs: DataLoader) -> DataLoader:
 
 def _windows(batches: DataLoader, instruction: str) -> Iterator[list[Item]]:
     """Consecutive items, WINDOW at once; pictures that mteb decoded are held no longer than that."""
-    window: list[Item] = []
-    for batch in batches:
-        for item in _items(batch, instruction):
-            window.append(item)
-            if len(window) == WINDOW:
-                yield window
-                window = []
-    if window:
+    items = (item for batch in batches for item in _items(batch, instruction))
+    while window := list(islice(items, WINDOW)):
         yield window
 
 
