@@ -58,9 +58,14 @@ def _picture(path: str, root: Path | None) -> Image.Image | None:
 
 def shrunk(picture: Image.Image, side: int) -> Image.Image:
     """The picture with no side longer than `side` pixels."""
-    scale = min(1.0, side / max(picture.size))
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    size = within(*picture.size, side)
     return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def within(width: int, height: int, side: int) -> tuple[int, int]:
+    """The size of a picture of that width and height that has no side longer than `side`; none grows, none gets lost."""
+    scale = min(1.0, side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def webp(picture: Image.Image, quality: int) -> bytes:

@@ -14,7 +14,7 @@ from vlm2vec.data.images import load_image
 from vlm2vec.data.types import ImageRef
 from vlm2vec.index import Hit
 from vlm2vec.io.paths import not_a_file
-from vlm2vec.report.thumbnails import shrunk, webp
+from vlm2vec.report.thumbnails import shrunk, webp, within
 from vlm2vec.ui.search import GoneError
 
 SIDES = (160, 320, 640)  # pixels of the longer side of a small copy
@@ -63,13 +63,8 @@ def _modified(file: Path) -> int:
 @lru_cache(KEPT)
 def _made(file: Path, side: int, modified: int) -> bytes:
     """The small copy of a file as it was at a time."""
-    small = load_image(ImageRef(file, file.name), needed=lambda width, height: _within(width, height, side))
+    small = load_image(ImageRef(file, file.name), needed=lambda width, height: within(width, height, side))
     return webp(shrunk(small, side), QUALITY)
-
-
-def _within(width: int, height: int, side: int) -> tuple[int, int]:
-    scale = min(1.0, side / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _file(file: Path) -> Picture:
