@@ -55,7 +55,7 @@ def featurize(processor: Processor, item: Item, cache: FeatureCache | None = Non
 
 def decoded(processor: Processor, image: ImageRef, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """The pixels of a picture for this processor, as `model.decode` says."""
-    return load_image(image, limits, needed=processor.needed_size if processor.options.decode == "draft" else None)
+    return load_image(image, limits=limits, needed=processor.needed_size if processor.options.decode == "draft" else None)
 
 
 def make_batch(
