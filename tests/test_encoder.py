@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -195,14 +195,15 @@ def test_how_pictures_are_decoded_is_saved_and_old_folders_know_only_one_way(tmp
     assert Encoder.from_pretrained(tmp_path).fingerprint() == exact.fingerprint()
 
 
-def test_workers_hold_no_file_open_for_an_item() -> None:
+def test_workers_hold_no_file_open_for_an_item(forked: Callable[..., int]) -> None:
     """A window of 300 items, each two tensors or more, in a process that may have 128 files open."""
-    code = (
-        "import resource; from vlm2vec import Encoder; encoder = Encoder.from_pretrained('builtin/tiny-qwen2_vl', device='cpu');"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); print(encoder.encode([f'{n}' for n in range(300)], workers=2).shape)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
-    assert done.stdout.strip() == "torch.Size([300, 32])", done.stderr[-2000:]
+
+    def encode() -> None:
+        encoder = Encoder.from_pretrained("builtin/tiny-qwen2_vl", device="cpu")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+        assert encoder.encode([f"{number}" for number in range(300)], workers=2).shape == (300, 32)
+
+    assert forked(encode) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

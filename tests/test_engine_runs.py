@@ -24,19 +24,10 @@ def imported() -> None:
     warm_up()
 
 
-@pytest.mark.parametrize("engine", engines("fsdp2"))
-def test_a_run_resumes_bit_for_bit(engine: str, tmp_path: Path) -> None:
-    check_resuming(engine, tmp_path, FULL)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [{}, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("engine", engines("ddp", "fsdp2", "zero1", "zero2", "zero3"))
-def test_a_run_resumes_bit_for_bit_under_every_engine(engine: str, keys: dict[str, str], tmp_path: Path) -> None:
-    check_resuming(engine, tmp_path, keys)
-
-
-def check_resuming(engine: str, tmp_path: Path, keys: dict[str, str]) -> None:
+def test_a_run_resumes_bit_for_bit(engine: str, keys: dict[str, str], tmp_path: Path) -> None:
     whole, cut = recipe_of(tmp_path / "whole", engine, **keys), recipe_of(tmp_path / "cut", engine, **keys)
     assert run_on_ranks(whole) == [0, 0]
     assert run_on_ranks(cut, stop_at(2)) == [143, 143]

@@ -21,6 +21,8 @@ from vlm2vec.losses import InfoNCE
 BAR = 1e-5  # relative error of every tensor
 # What once went wrong, or is most likely to, under an engine that takes seconds to start.
 HARD = ["projector trained, layers adapted", "accumulated", "text beside pictures, vision trained", "packed"]
+# What an engine that gathers and frees weights might spoil beside it; all situations under all engines are slow.
+ALSO = ["lora", "full", "dropout", "numbers of chunks differ", "activation checkpointing", "graphs kept", "vista"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,8 +39,7 @@ def check(situation: str, engine: str, optimizer: str, folder: Path) -> None:
     assert max(found.values()) <= BAR, {name: error for name, error in found.items() if error > BAR}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(("situation", "engine"), [*((name, "ddp") for name in SITUATIONS), *((name, "fsdp2") for name in HARD + ALSO)])
 def test_two_ranks_take_the_step_of_one_process(situation: str, engine: str, tmp_path: Path) -> None:
     check(situation, engine, "sgd", tmp_path)
 

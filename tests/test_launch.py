@@ -133,9 +133,9 @@ def test_accelerate_starting_one_process_where_two_were_asked_for_is_refused(
     check_processes(environment("accelerate launch --cpu --num_processes 1 train.py", monkeypatch), found=1)
 
 
-@pytest.mark.parametrize(("minutes", "code"), [(0.05, 7), (1.0, 0)])
+@pytest.mark.parametrize(("minutes", "code"), [(0.02, 7), (1.0, 0)])
 def test_a_process_waits_for_another_as_long_as_the_recipe_says(minutes: float, code: int, tmp_path: Path) -> None:
-    """The second process is busy for five seconds while the first waits for it: longer than three, shorter than sixty."""
+    """The second process is busy for two seconds and a half while the first waits for it: longer than one, shorter than sixty."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -147,7 +147,7 @@ def test_a_process_waits_for_another_as_long_as_the_recipe_says(minutes: float, 
         torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)  # a run in the process that forked this one had no ranks
         start(recipe)
-        time.sleep(5 * rank)
+        time.sleep(2.5 * rank)
         try:
             dist.barrier()
         except RuntimeError as error:

@@ -295,7 +295,7 @@ def coverage(draw: Draw, sets: int, queries: int, means: np.ndarray, trials: int
     return 100 * held / trials
 
 
-@pytest.mark.parametrize("mean", [0.02, 0.5, 0.9])
+@pytest.mark.parametrize("mean", [0.02, pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 @pytest.mark.parametrize(("sets", "queries"), [(1, 50), (1, 200), (1, 1000), (4, 50), (12, 20)])
 @pytest.mark.parametrize("draw", [hits, reciprocal_ranks])
 def test_95_of_100_intervals_hold_the_true_mean(draw: Draw, sets: int, queries: int, mean: float) -> None:

@@ -19,6 +19,7 @@ from vlm2vec.suite import is_data_file
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 REFERENCE = {key: (kind, default) for key, kind, default, _ in reference()}
+TRIALS = 12  # of each kind of damage to each recipe
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 
@@ -174,11 +175,11 @@ def outcome(path: Path) -> str:
 def test_damaged_trees_are_refused_with_the_place_or_valid(path: Path, tmp_path: Path) -> None:
     tree, draw, target = asdict(load_recipe(path)), random.Random(17), tmp_path / "r.yaml"
     outcomes = []
-    for _ in range(40):
+    for _ in range(TRIALS):
         target.write_text(damaged(tree, draw), encoding="utf-8")
         outcomes.append(outcome(target))
     refusals = [message for message in outcomes if message != "valid"]
-    assert len(refusals) >= 20
+    assert len(refusals) >= TRIALS / 2
     assert [message for message in refusals if not re.match(re.escape(str(target)) + r":\d+: ", message) or len(message) > 600] == []
 
 
@@ -188,9 +189,9 @@ def test_scribbled_files_are_refused_with_the_name_or_valid(path: Path, tmp_path
     for other in RECIPES:
         (tmp_path / other.name).write_bytes(other.read_bytes())
     outcomes = []
-    for _ in range(40):
+    for _ in range(TRIALS):
         target.write_bytes(scribbled(text, draw))
         outcomes.append(outcome(target))
     refusals = [message for message in outcomes if message != "valid"]
-    assert len(refusals) >= 10
+    assert len(refusals) >= TRIALS / 4
     assert [message for message in refusals if not message.startswith(str(tmp_path))] == []

@@ -205,7 +205,7 @@ def test_frozen_modules_evaluate_while_trained_ones_train() -> None:
 
 
 def test_training_lowers_the_loss_and_moves_only_what_is_trained(tmp_path: Path) -> None:
-    recipe = changed(tiny_recipe(tmp_path, steps=40), "train", lr=3e-3)
+    recipe = changed(tiny_recipe(tmp_path, steps=20), "train", lr=3e-3)
     before = load_encoder(recipe, None).model.state_dict()
     after = start_run(recipe).model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name].cpu())}

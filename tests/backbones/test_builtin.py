@@ -113,6 +113,7 @@ def test_sentences_of_one_meaning_are_near_and_pictures_make_a_difference(minilm
     assert minilm.processor.image_tokens_estimate(100, 200) == 9
 
 
+@pytest.mark.slow
 @_needs(MINILM, MOBILENET, LOGOS, RESVG)
 def test_a_model_is_made_once_and_always_alike(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made("vista-minilm")

@@ -376,7 +376,11 @@ def _drop_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(_change_pixel, "from the recorded checksums: eval/Digits."), (_drop_picture, "OpenMoji/Train"), (_drop_rows, "eval/Digits/test-")],
+    [
+        (_change_pixel, "from the recorded checksums: eval/Digits."),
+        pytest.param(_drop_picture, "OpenMoji/Train", marks=pytest.mark.slow),
+        pytest.param(_drop_rows, "eval/Digits/test-", marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_folder_is_built_again_and_the_log_says_why(
     copy: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], words: str

@@ -114,9 +114,9 @@ def tensors(run_dir: Path) -> dict[str, list]:
 def test_killed_and_resumed_the_list_and_the_log_are_the_same(
     workers: int, damaged: Path, tmp_path: Path, tally: Callable[..., None]
 ) -> None:
-    whole, cut = recipe_for(damaged, tmp_path / "a", 60), recipe_for(damaged, tmp_path / "b", 60, workers=workers)
+    whole, cut = recipe_for(damaged, tmp_path / "a", 40), recipe_for(damaged, tmp_path / "b", 40, workers=workers)
     assert exit_code(forked_run(whole)) == 0
-    killed_at_save(cut, 2)
+    killed_at_save(cut, 1)
     assert exit_code(forked_run(cut)) == 0
     for name in (LOG, FILE):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
