@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.corpora import paint, png
@@ -82,17 +86,31 @@ def test_the_model_is_loaded_once_and_never_pickled(monkeypatch: pytest.MonkeyPa
     assert np.array_equal(pickle.loads(pickle.dumps(encode))({"text": TEXTS})["embedding"], first) and len(loads) == 2
 
 
+@pytest.fixture
+def on_two_threads() -> Iterator[None]:
+    """Computes on two threads for at most two minutes, and puts back what `map` of datasets leaves a copy of."""
+    threads, environ = torch.get_num_threads(), os.environ
+    torch.set_num_threads(2)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    torch.set_num_threads(threads)
+    os.environ = environ  # noqa: B003
+
+
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")
 @pytest.mark.parametrize("processes", [None, 2])
-def test_in_a_map_of_datasets(tmp_path: Path, encoder: Encoder, processes: int | None) -> None:
+def test_in_a_map_of_datasets(tmp_path: Path, encoder: Encoder, processes: int | None, on_two_threads: None) -> None:
+    """Its workers are forked from a process that computed on two threads."""
     import datasets
 
     file = paint(tmp_path / "b.png", BLUE)
+    expected = encoder.encode([{"text": text, "image": file} for text in [*TEXTS, "four"]])
     table = datasets.Dataset.from_dict({"text": [*TEXTS, "four"], "image": [str(file)] * 4, "n": [1, 2, 3, 4]})
     table = table.cast_column("image", datasets.Image())
     made = table.map(EncodeBatch(MODEL, device="cpu"), batched=True, batch_size=2, num_proc=processes, with_rank=True)
     assert made.column_names == ["text", "image", "n", "embedding"] and made["n"][:] == [1, 2, 3, 4]
-    close(made["embedding"][:], encoder.encode([{"text": text, "image": file} for text in [*TEXTS, "four"]]))
+    close(made["embedding"][:], expected)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")

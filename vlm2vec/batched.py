@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vlm2vec.encoder import Encoder
 from vlm2vec.errors import InputError
 
 Column = Iterable[Any]
+
+IMPORTED_BY = os.getpid()
 
 
 class EncodeBatch:
@@ -69,6 +72,9 @@ class EncodeBatch:
 
     def _embed(self, items: list[dict[str, Any]], rank: int | None) -> NDArray[np.float32]:
         if self._encoder is None:
+            if os.getpid() != IMPORTED_BY:
+                # A forked worker (`num_proc`) has the thread pool of its parent, but not the threads, and would wait for them.
+                torch.set_num_threads(1)
             self._encoder = Encoder.from_pretrained(self.model, **{"device": _device(rank), **self.options})
             self._encoder.precision = self.autocast
         saved = {"query": self._encoder.query_instruction, "target": self._encoder.target_instruction}
