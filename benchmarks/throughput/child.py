@@ -1,6 +1,8 @@
 """Peak memory of one side, in a process of its own: python -m benchmarks.throughput.child '<JSON>' prints bytes by what was done.
 
 What a process allocated once stays its own, so two sides in one process would hide each other's growth. On a GPU the allocator says it.
+On a CPU freed blocks go back to the system at once: glibc keeps them otherwise, more of them the more their sizes differ, and on several
+threads each. The question is what a side needs.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,13 +23,14 @@ from benchmarks.throughput.setting import Setting
 from benchmarks.throughput.workloads import Workload, make_workload
 
 ROOT = Path(__file__).parents[2]
+BLOCKS_GO_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes from which a block has pages of its own
 
 
 def memory_of(setting: Setting, workload: str, side: str, **options: Any) -> dict[str, int]:
     """Start a child and return what it measured. `side` is ours, peer or the name of a variant."""
     said = json.dumps({"setting": asdict(setting), "workload": workload, "side": side, "options": options})
     command = [sys.executable, "-m", "benchmarks.throughput.child", said]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **BLOCKS_GO_BACK})
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {side} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
