@@ -22,13 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from vlm2vec import Encoder
+from vlm2vec.address import bound
 from vlm2vec.collate import Features
 from vlm2vec.serve.app import Server
 from vlm2vec.serve.asking import Served
 from vlm2vec.serve.batcher import Batcher
 from vlm2vec.serve.counts import Counts
 from vlm2vec.serve.limits import Limits
-from vlm2vec.serve.server import bind, serve
+from vlm2vec.serve.server import serve
 from vlm2vec.signals import StopSignal
 
 JSON = {"Content-Type": "application/json"}
@@ -108,7 +109,7 @@ def house(key: str = "", chunk_tokens: int = 32768, **limits: int) -> Iterator[H
     batcher.start()
     encoder = model.encoder
     served = Served("tiny", encoder.backbone.hidden_size, encoder.query_instruction, encoder.target_instruction)
-    sock, stop = bind("127.0.0.1", 0), StopSignal()
+    sock, stop = bound("127.0.0.1", 0), StopSignal()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that a client which reads nothing is noticed after few bytes
     app = Server(batcher, served, kept, counts, key).app()
     thread = threading.Thread(target=serve, args=(app, sock, kept, counts, stop))

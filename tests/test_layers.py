@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = tuple(
     names.split()
     for names in (
-        "errors io dist log remote signals",
+        "errors io dist log remote signals address",
         "strict_yaml schema config memory prompts pooling chunks quantize ranking metrics paired losses gradcache replay flops footprint "
         "devices nearest",
         "data collate transport backbones batch feed shards cache feature_cache vectors suite composition store approximate",

@@ -7,6 +7,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+from vlm2vec.address import bound, url
 from vlm2vec.commands import positive, say
 from vlm2vec.commands.loading import compute_arguments, load_encoder, model_arguments
 from vlm2vec.errors import EnvError, InputError
@@ -41,7 +42,7 @@ def run(given: argparse.Namespace) -> None:
     """Load, serve until a signal, end with the exit code of the signal."""
     try:
         from vlm2vec.serve.app import Server
-        from vlm2vec.serve.server import bind, serve
+        from vlm2vec.serve.server import serve
     except ImportError as error:
         raise EnvError(f"vlm2vec serve needs starlette and uvicorn ({error}): pip install 'vlm2vec[serve]'") from None
     from vlm2vec.serve.asking import Served
@@ -51,14 +52,13 @@ def run(given: argparse.Namespace) -> None:
     limits, counts, key = _limits(given), Counts(), _key()
     name = given.name or (Path(given.model).resolve().name if Path(given.model).exists() else given.model)
     with StopSignal() as stop:
-        sock = bind(given.host, given.port)  # before the model, which may take long
+        sock = bound(given.host, given.port)  # before the model, which may take long
         with stop.cutting("stopped while the model was loaded"):
             encoder = load_encoder(given)
             batcher = Batcher(encoder, limits, counts, given.chunk_tokens, given.threads)
             batcher.start()
         served = Served(name, encoder.backbone.hidden_size, encoder.query_instruction, encoder.target_instruction)
-        host, port = sock.getsockname()[:2]
-        say(f"serving {name} ({served.dims} numbers) on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        say(f"serving {name} ({served.dims} numbers) on {url(*sock.getsockname()[:2])}/v1")
         serve(Server(batcher, served, limits, counts, key, given.threads).app(), sock, limits, counts, stop)
         batcher.close()
         raise stop.interrupted("stopped by a signal; what was asked before it was answered")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import socket
 import webbrowser
-from typing import Any
 
+from vlm2vec.address import bound, listen, url
 from vlm2vec.commands import positive, say
-from vlm2vec.errors import EnvError, InputError
+from vlm2vec.errors import InputError
 
 HELP = """Search an index in the browser: type words, drop a picture, click a result to go on from it.
 
@@ -45,15 +44,16 @@ def run(given: argparse.Namespace) -> None:
     if given.top > MOST:
         raise InputError(f"--top: expected 1 to {MOST}, got {given.top:,}")
     index = Index.open(given.index)
-    with _listening(given.host, given.port) as listening:
+    with bound(given.host, given.port) as sock:
+        listen(sock)
         searcher = Searcher(index, index.load_encoder(given.model, chosen_device(given)), given.top, given.approximate)
-        address = _address(given.host, listening.getsockname()[1])
+        address = url(given.host, sock.getsockname()[1])
         say(f"{len(index):,} items at {address}   (Ctrl-C ends it)")
         if given.open:
             webbrowser.open(address)  # connections wait in the socket until they are answered
         config = uvicorn.Config(app(searcher, given.host), log_level="warning", server_header=False, limit_concurrency=100)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            uvicorn.Server(config).run(sockets=[sock])
 
 
 def _check_extra() -> None:
@@ -63,17 +63,3 @@ def _check_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"vlm2vec ui needs {error.name}: pip install 'vlm2vec[ui]'") from None
-
-
-def _listening(host: str, port: int) -> Any:
-    """A socket at the address. Raises EnvError where it cannot be had."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise EnvError(f"cannot serve at {host} port {port}: {error}; choose another --port or --host") from None
-
-
-def _address(host: str, port: int) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"

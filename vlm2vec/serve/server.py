@@ -1,4 +1,4 @@
-"""From an address to a running server, and its end: signals stop it in order."""
+"""From a socket to a running server, and its end: signals stop it in order."""
 
 from __future__ import annotations
 
@@ -9,27 +9,19 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from vlm2vec.errors import EnvError
+from vlm2vec.address import listen
 from vlm2vec.serve.counts import Counts
 from vlm2vec.serve.limits import Limits
 from vlm2vec.serve.protocol import guarded
 from vlm2vec.signals import StopSignal
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, which does not listen yet. Raises EnvError where the address is not to be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except OSError as error:
-        raise EnvError(f"cannot serve on {host} port {port}: {error.strerror}; choose with --host and --port") from None
-    return sock
-
-
 def serve(app: ASGIApp, sock: socket.socket, limits: Limits, counts: Counts, stop: StopSignal) -> None:
-    """Answer requests until `stop` asks for the end; then take no more, and give those in the house `stop_seconds`."""
+    """Answer requests until `stop` asks for the end; then take no more, and give those in the house `stop_seconds`.
+
+    Raises EnvError where another process listens at the address meanwhile.
+    """
+    listen(sock)
     config = uvicorn.Config(
         app,
         http=guarded(limits, counts),
