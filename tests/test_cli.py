@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -216,3 +217,12 @@ def test_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys"]) == 0
     listed = capsys.readouterr().out
     assert "train.chunk_tokens" in listed and "lora.rank" in listed
+
+
+def test_pillows_warnings_are_neither_shown_nor_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """Damaged pictures make it warn in words of their own; a server would keep them all."""
+    kept: dict[object, object] = {}
+    assert main(["keys"]) == 0
+    for module in ("PIL.TiffImagePlugin", "PIL.Image"):
+        warnings.warn_explicit("Possibly corrupt EXIF data", UserWarning, "file", 1, module, kept)
+    assert kept.keys() <= {"version"} and "corrupt" not in capsys.readouterr().err

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parse(argv)
     log.setup("debug" if given.verbose else "info")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # for their developers, not for our users
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is raised, and Python keeps every text that it warned with
     try:
         given.run(given)
     except Vlm2VecError as error:

@@ -429,6 +429,44 @@ def test_compressed_text_bomb_is_refused() -> None:
     assert time.process_time() - began < 0.5
 
 
+def scanned(times: int, behind: bytes = b"", before: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan, which changes nothing any more, comes so many times more."""
+    whole = encode(Image.fromarray(QUADRANTS), "JPEG", progressive=True, quality=95)
+    tables = whole.rfind(b"\xff\xc4")
+    return whole[:2] + before + whole[2:tables] + whole[tables:-2] * (times + 1) + whole[-2:] + behind
+
+
+def segment(kind: int, data: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, kind, len(data) + 2) + data
+
+
+def test_a_jpeg_of_scans_without_end_is_refused() -> None:
+    """A file of 32 MB could hold half a million, of a twentieth of a second each."""
+    own = images._scans(scanned(0))
+    assert own == scanned(0).count(b"\xff\xda") > 5
+    most = images.SCANS - own
+    np.testing.assert_array_equal(pixels(scanned(most)), pixels(scanned(0)))
+    hiding = [b"", b"\xff\x01", b"\xff" * 9 + segment(0xFE, b"\xff\xd9")[1:], segment(0xE1, b"\xff\xda" * 300 + b"\xff\xd9")]
+    for before in hiding:
+        assert "JPEG of more than 100 scans" in refused(scanned(most + 1, before=before))
+
+
+def test_what_looks_like_scans_beside_them_does_no_harm() -> None:
+    """Small copies inside segments, and the films that telephones put behind a picture."""
+    expected = pixels(scanned(0))
+    for beside in (segment(0xE1, b"\xff\xda" * 300), segment(0xFE, scanned(0) * 20)):
+        np.testing.assert_array_equal(pixels(scanned(0, before=beside)), expected)
+    np.testing.assert_array_equal(pixels(scanned(0, behind=b"ftyp" + b"\xff\xda\0\2" * 300)), expected)
+
+
+def test_a_ppm_of_comments_without_end_is_refused() -> None:
+    """Each moves all text behind it: four megabytes take a minute."""
+    for magic in (b"P1", b"P2", b"P3"):
+        assert "PPM of more than 100 comments" in refused(magic + b"\n2 1\n" + b"#\n" * 101 + b"255\n0 0 0 0 0 0\n")
+    assert colour(b"P2\n2 1\n255\n" + b"# so many\n" * 100 + b"7 7\n") == (7, 7, 7)
+    assert pixels(b"P6\n9 9\n255\n" + b"#" * 243).shape == (9, 9, 3)
+
+
 def test_large_file_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "large.png", "wb") as file:
         file.truncate(64_000_001)

@@ -85,6 +85,9 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+SCANS = 100  # of a JPEG; encoders write up to some twenty
+COMMENTS = 100  # of a PPM file that is text
+_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # of a JPEG, less those that stand inside a scan
 SPARE = 2  # a JPEG decoded below its size keeps this many times the width and the height that are needed
 Needed = Callable[[int, int], tuple[int, int]]  # (width, height) of an upright picture -> those to which it will be resized
 
@@ -99,6 +102,7 @@ def load_image(ref: ImageRef, limits: Limits = DEFAULT_LIMITS, needed: Needed | 
         with _open_image:
             return _pixels(ref.source, ref.label, limits)
     data = _encoded(ref.source, ref.label, limits)
+    _check_effort(data, ref.label)
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -163,6 +167,26 @@ def _check_size(size: tuple[int, int], label: str, limits: Limits) -> None:
         raise ImageError(f"{label}: image has {width}x{height} = {width * height:,} pixels, at most {limits.pixels:,} are read")
     if max(size) > limits.aspect * min(size):
         raise ImageError(f"{label}: image is {width}x{height}, longer than {limits.aspect:g}:1")
+
+
+def _check_effort(data: bytes, label: str) -> None:
+    """Refuse what is made to take hours: each scan of a JPEG goes over all pixels, each comment of a PPM moves all that is behind it."""
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS and _scans(data) > SCANS:
+        raise ImageError(f"{label}: JPEG of more than {SCANS} scans, which would take long to read; encode it anew")
+    if data.startswith((b"P1", b"P2", b"P3")) and data.count(b"#") > COMMENTS:
+        raise ImageError(f"{label}: PPM of more than {COMMENTS} comments, which would take long to read; encode it anew")
+
+
+def _scans(data: bytes) -> int:
+    """The scans of a JPEG up to its end, behind which other files may lie, or one more than are read.
+
+    Between its segments, which say their length, only what follows the head of a scan may hold anything, and no marker.
+    """
+    scans, at = 0, 2
+    while scans <= SCANS and (marker := _MARKER.search(data, at)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        at = marker.end() + (0 if marker[1] in b"\x01\xd8" else int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return scans
 
 
 def _pixels(image: Image.Image, label: str, limits: Limits, needed: Needed | None = None) -> Image.Image:
