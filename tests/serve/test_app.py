@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import logging
@@ -10,13 +11,16 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect, Request
 
 from tests.serving import JSON, House, house, mixed, picture, rows_of, tiny, until, url
+from vlm2vec.serve.app import _unless_gone
 
 ROUTE = "/v1/embeddings"
 
@@ -33,6 +37,7 @@ def as_before(open_house: House, caplog: pytest.LogCaptureFixture) -> Iterator[N
     """Whatever a test does, the next request is answered as ever, nothing stays in the house, and no word of a client is in the log."""
     caplog.set_level(logging.DEBUG)
     yield
+    open_house.model.gate.set()
     status, answer = open_house.embed(input="a red car")
     assert status == 200
     np.testing.assert_allclose(rows_of(answer), tiny().encode(["a red car"]).numpy(), atol=1e-6, rtol=0)
@@ -40,28 +45,30 @@ def as_before(open_house: House, caplog: pytest.LogCaptureFixture) -> Iterator[N
     assert "secret" not in caplog.text and "Traceback" not in caplog.text
 
 
-def many(served: House, first: int, count: int) -> int:
-    """One client's requests on one connection; returns how many embeddings were as `encode` makes them."""
-    connection, right = served.connect(), 0
+def many(served: House, first: int, count: int) -> list[NDArray[np.float32]]:
+    """The rows of one client's requests, all on one connection."""
+    connection, rows = served.connect(), []
     for number in range(first, first + count):
-        fields, items = mixed(number)
+        fields, _ = mixed(number)
         as_base64 = {"encoding_format": "base64"} if number % 2 else {}
         connection.request("POST", ROUTE, json.dumps({**fields, **as_base64}), JSON)
         answer = connection.getresponse()
         body = answer.read()
         assert answer.status == 200, body
-        np.testing.assert_allclose(rows_of(json.loads(body)), tiny().encode(items).numpy(), atol=1e-6, rtol=0)
-        right += 1
+        rows.append(rows_of(json.loads(body)))
     connection.close()
-    return right
+    return rows
 
 
-@pytest.mark.parametrize("requests", [200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("requests", [120, pytest.param(1000, marks=pytest.mark.slow)])
 def test_eight_clients_at_once_get_what_encode_gives(open_house: House, requests: int) -> None:
     before = open_house.metric('vlm2vec_requests_total{route="/v1/embeddings",status="200"}')
     with ThreadPoolExecutor(8) as clients:
-        right = sum(clients.map(lambda client: many(open_house, client * requests // 8, requests // 8), range(8)))
-    assert right == requests
+        found = clients.map(lambda client: many(open_house, client * requests // 8, requests // 8), range(8))
+        rows = [row for each in found for row in each]
+    expected = [mixed(number)[1] for number in range(requests)]
+    assert list(map(len, rows)) == list(map(len, expected))
+    np.testing.assert_allclose(np.concatenate(rows), tiny().encode(sum(expected, [])).numpy(), atol=1e-6, rtol=0)
     assert open_house.metric('vlm2vec_requests_total{route="/v1/embeddings",status="200"}') == before + requests
     assert max(open_house.model.sizes) > 8, "requests that wait together are embedded together"
 
@@ -74,6 +81,46 @@ def test_dimensions_and_usage(open_house: House) -> None:
     np.testing.assert_allclose(rows_of(answer), expected, atol=1e-6, rtol=0)
     tokens = sum(len(tiny().processor.features(text, [])) for text in ("a", "b c"))
     assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def test_numbers_or_base64_as_it_is_asked(open_house: House) -> None:
+    kinds = [type(open_house.embed(input="a", encoding_format=form)[1]["data"][0]["embedding"]) for form in ("float", "base64")]
+    assert kinds == [list, str]
+
+
+def test_an_error_of_our_own_is_500_and_tells_nothing(open_house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("secret words")
+
+    monkeypatch.setattr(open_house.batcher, "submit", broken)
+    status, answer = open_house.embed(input="a")
+    assert status == 500 and answer["error"]["code"] == "internal_error" and "secret" not in str(answer)
+
+
+def test_no_http_is_answered_in_our_own_words(open_house: House) -> None:
+    malformed = 'vlm2vec_connections_refused_total{reason="malformed"}'
+    before = open_house.metric(malformed)
+    with open_house.raw(b"nonsense\r\n\r\n") as sock:
+        assert b'"code": "invalid_http"' in sock.recv(4096)
+    assert open_house.metric(malformed) == before + 1
+
+
+def test_what_is_sent_ahead_is_not_taken_in_without_end(open_house: House) -> None:
+    sent = 0
+    open_house.model.gate.clear()
+    with open_house.raw(head("14") + b'{"input": "a"}', timeout=0.5) as sock, pytest.raises(TimeoutError):
+        while sent < 40_000_000:
+            sent += sock.send(bytes(100_000))
+    assert 0 < sent < 40_000_000
+
+
+def test_what_is_embedded_is_counted(open_house: House) -> None:
+    names = ["vlm2vec_tokens_total", *(f'vlm2vec_items_total{{kind="{kind}"}}' for kind in ("text", "picture", "both"))]
+    before = [open_house.metric(name) for name in names]
+    shown = url(picture(1))
+    _, answer = open_house.embed(input=["a", "b", "c", {"image": shown}, {"image": shown}, {"text": "d", "image": shown}])
+    after = [open_house.metric(name) for name in names]
+    assert [late - early for early, late in zip(before, after, strict=True)] == [answer["usage"]["total_tokens"], 3, 2, 1]
 
 
 def test_models_health_and_metrics(open_house: House) -> None:
@@ -90,12 +137,19 @@ def test_models_health_and_metrics(open_house: House) -> None:
     assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def beside(kind: bytes, data: bytes) -> bytes:
+    """A small PNG with one more chunk in it."""
+    whole = picture(1)
+    return whole[:33] + chunk(kind, data) + whole[33:]
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few hundred bytes that says it is as large as this, and whose data go on for gigabytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100_000)) + chunk(b"IEND", b"")
 
@@ -123,6 +177,13 @@ REFUSED: list[tuple[str, bytes, dict[str, str], int, str]] = [
     ("page of a browser", b'{"input": "a"}', {"Content-Type": "text/plain"}, 415, "Content-Type"),
     ("gzip", zlib.compress(b'{"input": "a"}'), {"Content-Encoding": "gzip"}, 415, "compressed"),
     ("not UTF-8", b'{"input": "\xff"}', {}, 400, "UTF-8"),
+    ("no number", b'{"input": "a", "dimensions": NaN}', {}, 400, "NaN is no JSON"),
+    ("no end", b'{"input": "a", "dimensions": -Infinity}', {}, 400, "-Infinity is no JSON"),
+    ("a key twice", b'{"input": "secret", "input": "b"}', {}, 400, '"input" is there twice'),
+    ("a wrong type", b'{"input": {"text": ["secret"]}}', {}, 400, "input.text: expected a string, got a list"),
+    ("long for all", json.dumps({"input": ["a"] * 2000, "instruction": "b" * 600}).encode(), {}, 413, "with the instruction of every item"),
+    ("bomb of text", shown(beside(b"zTXt", b"k\0\0" + zlib.compress(bytes(30_000_000)))), {}, 400, "truncated or damaged"),
+    ("bomb of a profile", shown(beside(b"iCCP", b"k\0\0" + zlib.compress(bytes(30_000_000)))), {}, 400, "truncated or damaged"),
 ]
 
 
@@ -202,6 +263,14 @@ RAW: list[tuple[str, bytes, int]] = [
     ("a huge head", b"GET /health HTTP/1.1\r\nHost: a\r\nX-A: " + b"a" * 200_000, 400),
     ("a line too many", b"GET /health HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n", 400),
     ("an upgrade", b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n", 200),
+    ("more chunks than fit", head(more=CHUNKED) + (b"40000\r\n" + b"a" * (1 << 18) + b"\r\n") * 5, 413),
+    ("a chunk of all there is", head(more=CHUNKED) + b"f" * 16 + b"\r\nabc", 408),
+    ("chunks and a length", head("5", CHUNKED) + b"0\r\n\r\n", 400),
+    ("a length of 5,000 digits", head("9" * 5000), 400),
+    ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404),
+    ("HTTP/0.9", b"GET /health\r\n\r\n", 400),
+    ("a proxy's request", b"GET http://169.254.169.254/health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    ("a path of no characters", b"GET /%ff%00 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
     ("a wish to be waited for", head("14", "Expect: 100-continue\r\n"), 100),
 ]
 
@@ -216,32 +285,53 @@ def test_clients_that_fall_silent_or_speak_no_http(open_house: House) -> None:
         assert seconds < 6, name
 
 
-def test_a_head_that_trickles_in_is_cut_off(open_house: House) -> None:
-    """A byte now and then, also after an answer: uvicorn's own timer starts anew with each."""
-    for first in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"):
-        sock, started = open_house.raw(first), time.monotonic()
-        with pytest.raises(OSError):
+def test_what_trickles_in_is_cut_off(open_house: House) -> None:
+    """A byte now and then, also after an answer, and of a body: uvicorn's own timer starts anew with each."""
+
+    def trickle(first: bytes) -> float:
+        started = time.monotonic()
+        with open_house.raw(first) as sock, pytest.raises(OSError):
             while time.monotonic() < started + 6:
                 sock.sendall(b"a")
                 time.sleep(0.1)
-        assert 0.9 < time.monotonic() - started < 4
-        sock.close()
+        return time.monotonic() - started
+
+    with ThreadPoolExecutor(3) as pool:
+        seconds = list(pool.map(trickle, (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", head("1000"))))
+    assert min(seconds) > 0.9 and max(seconds) < 5
 
 
 def test_clients_that_leave_are_not_computed(open_house: House) -> None:
+    """Gone, half gone, and gone after words of a next request, while the model is at work for somebody else."""
     model, gone = open_house.model, 'vlm2vec_requests_total{route="/v1/embeddings",status="499"}'
-    before = open_house.metric(gone)
+    before, batches = open_house.metric(gone), len(model.sizes)
     body = json.dumps({"input": ["left", "behind"]}).encode()
     model.gate.clear()
-    waits = open_house.raw(head("16") + b'{"input":"first"}'[:16])  # truncated on purpose: it never gets to the model
-    leaves, halves = open_house.raw(head(str(len(body))) + body), open_house.raw(head(str(len(body))) + body)
-    until(lambda: open_house.batcher.waiting == 4)
+    stays = open_house.raw(head("16") + b'{"input":"stay"}')
+    until(lambda: len(model.sizes) == batches + 1)
+    leaves, halves, ahead = (open_house.raw(head(str(len(body))) + body) for _ in range(3))
+    until(lambda: open_house.batcher.waiting == 1 + 3 * 2)
+    ahead.sendall(b"GET /health HTTP/1.1\r\n")
+    ahead.close()
     leaves.close()
     halves.shutdown(socket.SHUT_WR)
-    until(lambda: open_house.metric(gone) == before + 2)
-    until(lambda: open_house.batcher.waiting == 0)
+    until(lambda: open_house.metric(gone) == before + 3)
+    assert open_house.batcher.waiting == 1, "dropped before they are counted as gone"
     model.gate.set()
-    waits.close()
+    assert reply(stays)[0] == 200 and model.sizes[batches:] == [1]
+
+
+def test_what_a_client_left_is_dropped_before_anything_else_happens() -> None:
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def leave() -> bool:
+        work: Future[Any] = Future()
+        with pytest.raises(ClientDisconnect):
+            await _unless_gone(Request({"type": "http"}, receive), work)
+        return work.cancelled()
+
+    assert asyncio.run(leave())
 
 
 def test_a_client_that_never_reads_its_answer_is_cut_off(open_house: House) -> None:
@@ -252,8 +342,20 @@ def test_a_client_that_never_reads_its_answer_is_cut_off(open_house: House) -> N
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock.connect(("127.0.0.1", open_house.port))
     sock.sendall(head(str(len(body))) + body)
+    until(lambda: open_house.metric("vlm2vec_waiting_bytes") == 600 * tiny().backbone.hidden_size * 4)  # its rows, until they are sent
     until(lambda: open_house.metric(cut) == before + 1)
     sock.close()
+
+
+def test_many_requests_at_once_whose_answers_nobody_reads(open_house: House) -> None:
+    """What is sent ahead is not read before the answers are, and what waits to be sent stays small."""
+    cut = 'vlm2vec_connections_refused_total{reason="slow_reader"}'
+    before, sent = open_house.metric(cut), 0
+    with open_house.raw(b"") as sock, pytest.raises(OSError):
+        while sent < 50_000_000:
+            sent += sock.send(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+    assert sent < 50_000_000
+    until(lambda: open_house.metric(cut) == before + 1)
 
 
 def test_too_many_connections_and_room_for_all_again(open_house: House) -> None:

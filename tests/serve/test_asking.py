@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"input": [{"text": "a", "url": 1}]}, 400, "input[0]", "the keys are text, image, instruction"),
     ({"input": "a", "model": "other"}, 404, "model", 'write "m"'),
     ({"input": "a", "model": ["m"]}, 404, "model", "a list"),
+    ({"input": "a", "model": "m" * 1000}, 404, "model", "mmm..."),
     ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format", "float or base64"),
     ({"input": "a", "dimensions": 0}, 400, "dimensions", "1 to 8"),
     ({"input": "a", "dimensions": 9}, 400, "dimensions", "1 to 8"),
@@ -122,6 +124,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "messages", "one user message"),
     ({"messages": [{"role": ["user"], "content": "a"}]}, 400, "messages", "one user message"),
     ({"messages": [{"role": "user", "content": "a"}] * 2}, 400, "messages", "one user message"),
+    ({"messages": [{"role": "system", "content": "a"}, *[{"role": "user", "content": "a"}] * 2]}, 400, "messages", "one user message"),
     ({"messages": [{"role": "user", "content": None}]}, 400, "messages", "messages[0].content"),
     ({"messages": [{"role": "user", "content": "a", "name": "x"}]}, 400, "messages[0]", "role, content"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages", "text or image_url"),
@@ -148,6 +151,14 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], status: int, param: str 
     assert words in refusal.message
     error = json.loads(refusal.body())["error"]
     assert error.keys() == {"message", "type", "param", "code"} and len(error["message"]) < 400
+
+
+def test_an_instruction_for_all_items_counts_with_each() -> None:
+    body = json.dumps({"input": ["a", "b", "c"], "instruction": "d" * 40}).encode()
+    assert len(parse(body, SERVED, replace(LIMITS, body_bytes=123)).items) == 3
+    with pytest.raises(Refusal, match="input: 123 characters with the instruction of every item, at most 122 fit") as caught:
+        parse(body, SERVED, replace(LIMITS, body_bytes=122))
+    assert (caught.value.status, caught.value.param) == (413, "input")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,8 @@ def test_requests_take_turns_and_batches_keep_to_their_tokens() -> None:
         model.gate.set()
         many.result(20)
     assert done == ["one", "many"]
-    assert len(model.sizes) > 5 and sum(model.sizes) == 122
+    least = min(len(tiny().processor.features(text, [])) for text in ("text 1", "short"))
+    assert max(model.sizes) <= 64 // least and sum(model.sizes) == 122
 
 
 def test_a_full_house_refuses_and_empties() -> None:
@@ -106,6 +108,44 @@ def test_what_nobody_waits_for_is_not_embedded() -> None:
         assert model.sizes == [1, 1] and gone.cancelled()
         until(lambda: batcher.waiting == 0)
         assert (batcher._ready_tokens, batcher._ready_bytes) == (0, 0)
+
+
+def test_what_nobody_waits_for_is_not_prepared_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is prepared is of a client that left, and what stays has no room before the model's thread has passed over it."""
+    prepared: list[str] = []
+    featurize = module.featurize
+
+    def noted(processor: Any, item: Item, **options: Any) -> Features:
+        prepared.append(item.text)
+        return featurize(processor, item, **options)
+
+    monkeypatch.setattr(module, "featurize", noted)
+    monkeypatch.setattr(module, "AHEAD_BYTES", 1)
+    with batching() as (model, batcher):
+        busy(model, batcher)
+        gone, stays = submit(batcher, ["gone"] * 50), submit(batcher, ["stays"])
+        until(lambda: "gone" in prepared)
+        assert gone.cancel()
+        model.gate.set()
+        stays.result(20)
+    assert prepared.count("gone") < 10
+
+
+def test_items_of_a_request_that_is_refused_already_are_not_tried_alone() -> None:
+    def fail(features: Features) -> None:
+        if features.input_ids.tolist() == bad:
+            raise NonFiniteError("nan")
+
+    bad = tiny().processor.features("bad", []).input_ids.tolist()
+    with batching(threads=1) as (model, batcher):
+        model.fail = fail
+        busy(model, batcher)
+        broken = submit(batcher, ["bad", "fine", "good"])
+        until(lambda: len(batcher._ready) == 3)
+        model.gate.set()
+        assert refusal(broken).param == "input[0]"
+        submit(batcher, ["next"]).result(20)
+    assert model.sizes == [1, 3, 1, 1]
 
 
 @pytest.mark.parametrize("error, status", [(NonFiniteError("secret words"), 422), (RuntimeError("secret words"), 500)])
@@ -166,6 +206,18 @@ def test_items_that_cannot_be_prepared_are_named(monkeypatch: pytest.MonkeyPatch
         until(lambda: batcher.waiting == 0)
 
 
+def test_texts_prepared_ahead_are_bounded() -> None:
+    size = len(tiny().processor.features("text 100", []))
+    with batching(chunk_tokens=64) as (model, batcher):
+        busy(model, batcher)
+        future = submit(batcher, [f"text {number}" for number in range(200)])
+        until(lambda: batcher._ready_tokens >= 2 * 64)
+        time.sleep(0.1)  # for more to come that should not
+        assert batcher._ready_tokens <= 2 * 64 + 3 * size
+        model.gate.set()
+        future.result(20)
+
+
 def test_pictures_prepared_ahead_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AHEAD_BYTES", 20_000)
     shown = Item("", (ImageRef(picture(1, (60, 60))),))
@@ -173,10 +225,23 @@ def test_pictures_prepared_ahead_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     with batching(threads=2) as (model, batcher):
         busy(model, batcher)
         future = submit(batcher, [shown] * 40)
-        time.sleep(0.3)
+        until(lambda: batcher._ready_bytes >= 20_000)
+        time.sleep(0.1)  # for more to come that should not
         assert 20_000 <= batcher._ready_bytes <= 20_000 + 3 * size < 40 * size
         model.gate.set()
         future.result(20)
+
+
+def test_nothing_of_a_request_is_held_once_it_is_answered() -> None:
+    """Pictures and features of a batch may be hundreds of megabytes."""
+
+    def held() -> bool:
+        gc.collect()
+        return any(type(each) is module.Job and each.items[0].text == "held" for each in gc.get_objects())
+
+    with batching() as (_, batcher):
+        submit(batcher, ["held", {"image": picture(1)}]).result(20)
+        until(lambda: not held())
 
 
 def test_after_closing_nothing_is_taken() -> None:

@@ -12,8 +12,8 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,21 @@ JSON = "application/json"
 
 @dataclass
 class Lease:
-    """Bytes of one request that are in the house."""
+    """Bytes of one request, or of its answer, that are in the house."""
 
     bytes: int = 0
+
+
+class Answer(StreamingResponse):
+    """An answer on its way to a client that may be slow: until it is sent its rows take room."""
+
+    def __init__(self, room: AbstractContextManager[Lease], content: AsyncIterator[bytes], media_type: str) -> None:
+        super().__init__(content, media_type=media_type)
+        self.room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.room:
+            await super().__call__(scope, receive, send)
 
 
 class Server:
@@ -52,9 +64,9 @@ class Server:
     def __init__(self, batcher: Batcher, served: Served, limits: Limits, counts: Counts, key: str = "", threads: int = 2) -> None:
         self.batcher, self.served, self.limits, self.counts, self.key = batcher, served, limits, counts, key
         self.started = int(time.time())
-        self.bytes = 0  # of the requests in the house; only the event loop touches it
+        self.bytes = 0  # of requests and answers in the house; only the event loop touches it
         self.readers = ThreadPoolExecutor(threads, "read")
-        counts.watch("vlm2vec_waiting_bytes", "Bytes of requests that are not answered yet.", lambda: self.bytes)
+        counts.watch("vlm2vec_waiting_bytes", "Bytes of requests and answers that are not done with.", lambda: self.bytes)
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -76,11 +88,12 @@ class Server:
         with self._room() as lease:
             try:
                 asked = await self._asked(request, lease)
-                embedded = await _unless_gone(request, asyncio.wrap_future(self.batcher.submit(asked.items, asked.names)))
+                embedded = await _unless_gone(request, self.batcher.submit(asked.items, asked.names))
             except ClientDisconnect:
                 return Response(status_code=GONE)
         rows_ND = embedded.rows_ND if asked.dims is None else await self._read(_shortened, embedded.rows_ND, asked)
-        return StreamingResponse(_in_turns(pieces(rows_ND, self.served.name, embedded.tokens, asked.base64)), media_type=JSON)
+        made = pieces(rows_ND, self.served.name, embedded.tokens, asked.base64)
+        return Answer(self._room(rows_ND.nbytes), _in_turns(made), media_type=JSON)
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
@@ -103,8 +116,10 @@ class Server:
             raise Refusal(401, said, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     @contextmanager
-    def _room(self) -> Iterator[Lease]:
-        lease = Lease()
+    def _room(self, size: int = 0) -> Iterator[Lease]:
+        """A place for `size` bytes, and for those that come."""
+        lease = Lease(size)
+        self.bytes += size
         try:
             yield lease
         finally:
@@ -137,17 +152,18 @@ class Server:
         return body
 
 
-async def _unless_gone(request: Request, work: asyncio.Future[Embedded]) -> Embedded:
+async def _unless_gone(request: Request, work: Future[Embedded]) -> Embedded:
     """The result of `work`, which is cancelled when the client goes away. Raises ClientDisconnect then."""
-    gone = asyncio.ensure_future(_gone(request))
+    done, gone = asyncio.wrap_future(work), asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait(set[asyncio.Future[Any]]((work, gone)), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        await asyncio.wait(set[asyncio.Future[Any]]((done, gone)), return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
             raise ClientDisconnect
-        return work.result()
+        return done.result()
     finally:
-        work.cancel()
         gone.cancel()
+        done.cancel()
+        work.cancel()  # at once: what `done` passes on comes a turn of the loop later, after the request was counted as gone
 
 
 async def _gone(request: Request) -> None:

@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -60,6 +60,7 @@ def parse(body: bytes | bytearray, served: Served, limits: Limits) -> Asked:
         said = f"input: {len(named):,} items, at most {limits.items:,} fit into a request; send several requests"
         raise Refusal(413, said, "input", "too_many_items")
     items = tuple(_item(value, name, instruction, limits) for name, value in named)
+    _check_characters(items, limits)
     return Asked(items, tuple(name for name, _ in named), _dimensions(fields, served), form == "base64")
 
 
@@ -199,6 +200,14 @@ def _item(fields: Mapping[str, Any], name: str, instruction: str, limits: Limits
         found = len(item.text) + len(item.instruction)
         raise Refusal(413, f"{name}: {found:,} characters, at most {limits.characters:,} fit into an item", name, "too_many_characters")
     return item
+
+
+def _check_characters(items: Sequence[Item], limits: Limits) -> None:
+    """A body bounds its texts but not what an instruction comes to that it says once for all items."""
+    found = sum(len(item.text) + len(item.instruction) for item in items)
+    if found > limits.body_bytes:
+        said = f"input: {found:,} characters with the instruction of every item, at most {limits.body_bytes:,} fit into a request"
+        raise Refusal(413, f"{said}; send fewer items, or a shorter instruction", "input", "too_many_characters")
 
 
 def _picture(value: Any, name: str) -> bytes:

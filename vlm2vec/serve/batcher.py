@@ -145,12 +145,19 @@ class Batcher:
     # -- preparing -----------------------------------------------------------------------------------------------------------------------
 
     def _prepare_all(self) -> None:
-        while (turn := self._next_turn()) is not None:
-            job, index = turn
-            started = time.monotonic()
-            if (features := self._prepared(job, index)) is not None:
-                self._push(Piece(job, index, features, features.nbytes))
-            self.counts.prepare_seconds.observe(time.monotonic() - started)
+        while self._prepare_one():
+            pass
+
+    def _prepare_one(self) -> bool:
+        """Prepare an item; False at the end. What it held is let go on return, not with the item after it, which may be long in coming."""
+        if (turn := self._next_turn()) is None:
+            return False
+        job, index = turn
+        started = time.monotonic()
+        if (features := self._prepared(job, index)) is not None:
+            self._push(Piece(job, index, features, features.nbytes))
+        self.counts.prepare_seconds.observe(time.monotonic() - started)
+        return True
 
     def _next_turn(self) -> tuple[Job, int] | None:
         """An item of the job whose turn it is, once there is room for it; None at the end."""
@@ -203,8 +210,14 @@ class Batcher:
     # -- the model -----------------------------------------------------------------------------------------------------------------------
 
     def _embed_all(self) -> None:
-        while pieces := self._take():
+        while self._embed_some():
+            pass
+
+    def _embed_some(self) -> bool:
+        """Embed a batch; False at the end."""
+        if pieces := self._take():
             self._embed(pieces)
+        return bool(pieces)
 
     def _take(self) -> list[Piece]:
         """What fits into a batch, in the order of turns; an empty list at the end."""
@@ -218,7 +231,7 @@ class Batcher:
                     if not piece.job.future.done():
                         pieces.append(piece)
                         room -= len(piece.features)
-            self._changed.notify_all()
+                self._changed.notify_all()  # there is room, also where nobody waits for what was taken and this thread waits again
         return pieces
 
     def _embed(self, pieces: list[Piece]) -> None:
@@ -229,7 +242,8 @@ class Batcher:
         except Exception as error:
             if len(pieces) > 1:
                 for piece in pieces:
-                    self._embed([piece])
+                    if not piece.job.future.done():  # refused for another item of it, or nobody waits any more
+                        self._embed([piece])
             else:
                 self._blame(pieces[0], error)
             return

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 import h11
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vlm2vec.serve.counts import Counts
@@ -40,6 +41,11 @@ class GuardedProtocol(H11Protocol):
         self._stop(self._head_timer)
         self._stop(self._read_timer)
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._answering() and not self.cycle.more_body and len(self.conn.trailing_data[0]) < HIGH_WATER_LIMIT:
+            self.flow.resume_reading()  # paused by what a client sends ahead; its leaving could not be heard
 
     def handle_events(self) -> None:
         super().handle_events()
