@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.corpora import Hashing, jsonl, paint, png, texts
-from vlm2vec import bulk, io
+from vlm2vec import bulk, dist, io
 from vlm2vec.errors import DataError, EnvError, InputError, Interrupted, ManifestError, RunLockedError
 from vlm2vec.index import Index, build_index
 from vlm2vec.signals import StopSignal
@@ -90,6 +90,7 @@ def test_equal_items_are_encoded_once_and_found_together(tmp_path: Path) -> None
 def test_shorter_rows(tmp_path: Path) -> None:
     made = build(texts(tmp_path / "c.jsonl", 9), tmp_path / "i", dims=10)
     index = Index.open(tmp_path / "i")
+    assert index.search(index.embed(Hashing(), ["text 3"]), 1)[0][0].score == pytest.approx(1, abs=1e-6), "at unit length again"
     assert made["dims"] == 10 and index.embed(Hashing(), ["text 3"]).shape == (1, 10) and ids(tmp_path / "i", "text 3", 1) == ["t3"]
     with pytest.raises(InputError, match="dims: expected 1 to 24"):
         build(tmp_path / "c.jsonl", tmp_path / "other", dims=25)
@@ -171,6 +172,7 @@ def test_rows_that_nothing_needs_are_dropped_once_they_are_most(tmp_path: Path, 
     build(source, tmp_path / "i")
     build(texts(source, 8), tmp_path / "i")
     assert (tmp_path / "i" / "vectors-0.f32").stat().st_size == 12 * 24 * 4 and ids(tmp_path / "i", "text 11", 12).count("t11") == 0
+    assert len(ids(tmp_path / "i", "text 11", 1)) == 1, "a row that is not needed takes no place"
     jsonl(source, [{"text": f"text {number}", "id": f"t{number}"} for number in (7, 2)][: left + 1])
     build(source, tmp_path / "i")
     files = [file.name for file in (tmp_path / "i").glob("vectors-*")]
@@ -296,6 +298,41 @@ def test_a_damaged_database_and_folders_that_are_none_of_ours(tmp_path: Path) ->
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="holds thesis.txt but no index.sqlite"):
         build(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("delete from meta where key = 'numbering'", "no setting numbering"),
+        ("delete from meta where key = 'rows'", "no setting rows"),
+        ("update meta set value = '\"../thesis.txt\"' where key = 'file'", "'../thesis.txt' is no name of a file that belongs to it"),
+        ("update meta set value = '{\"file\": \"/thesis.txt\"}' where key = 'approximate'", "'/thesis.txt' is no name"),
+        ("update meta set value = '{' where key = 'dims'", "is not the database of an index"),
+        ("update items set id = 'bare' where number = 1", "an item of row"),
+        ("update items set images = null", "an item of row"),
+        ("update items set text = cast(x'ff' as text)", "Could not decode"),
+        ("drop table items", "no such table: items"),
+    ],
+)
+def test_a_database_that_says_what_cannot_be(tmp_path: Path, statement: str, words: str) -> None:
+    """Also what a stranger may have written there: no file is touched that does not belong to an index."""
+    build(texts(tmp_path / "c.jsonl", 5), tmp_path / "i")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with closing(sqlite3.connect(tmp_path / "i" / "index.sqlite")) as connection, connection:
+        connection.execute(statement)
+    with pytest.raises(ManifestError, match=f"index.sqlite .*{words}"):
+        ids(tmp_path / "i", "text 1")
+    if "meta" in statement:
+        with pytest.raises(ManifestError, match=f"index.sqlite .*{words}"):
+            build(tmp_path / "c.jsonl", tmp_path / "i")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_one_of_several_ranks_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    with pytest.raises(InputError, match="one process makes an index, and this is one of 4"):
+        build(texts(tmp_path / "c.jsonl", 5), tmp_path / "i")
+    assert not (tmp_path / "i").exists()
 
 
 def test_an_index_of_another_version(tmp_path: Path) -> None:

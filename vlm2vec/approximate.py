@@ -64,20 +64,28 @@ def build(rows_ND: NDArray[np.float32], file: Path, dead_N: NDArray[np.bool_], p
 
 
 def search(index: Any, rows_ND: NDArray[np.float32], query_QD: NDArray[np.float32], top: int, probes: int) -> list[Any]:
-    """As `nearest.nearest`, of the rows in the lists that are looked into."""
+    """As `nearest.nearest`, of the rows in the lists that are looked into. Raises ManifestError where they name rows that are not there."""
     index.nprobe = probes
     _, found_QA = index.search(np.ascontiguousarray(query_QD), FETCHED * top)
+    if (found_QA >= len(rows_ND)).any():
+        raise _unusable("the lists for approximate search", f"are damaged: they name row {found_QA.max():,} of {len(rows_ND):,}")
     return [among(rows_ND, query_D, found_A[found_A >= 0], top) for query_D, found_A in zip(query_QD, found_QA, strict=True)]
 
 
-def opened(file: Path) -> Any:
-    """The lists, mapped into memory. Raises ManifestError for a file that is missing or damaged."""
+def opened(file: Path, dims: int, rows: int) -> Any:
+    """The lists, mapped into memory, of at most `rows` rows of `dims` numbers. Raises ManifestError where the file is not that."""
     library = faiss()
     try:
-        return library.read_index(str(file), library.IO_FLAG_MMAP)
+        index = library.read_index(str(file), library.IO_FLAG_MMAP)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ManifestError(f"{file} is missing or damaged ({reason[:120]}); run vlm2vec index --approximate again") from None
+        raise _unusable(file, f"is missing or damaged ({str(error).strip().splitlines()[-1][:120]})") from None
+    if index.d != dims or index.ntotal > rows:
+        raise _unusable(file, f"is of {index.ntotal:,} rows of {index.d} numbers and belongs to another index ({rows:,} of {dims})")
+    return index
+
+
+def _unusable(place: object, what: str) -> ManifestError:
+    return ManifestError(f"{place} {what}; run vlm2vec index --approximate again")
 
 
 def _measured(

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from vlm2vec import approximate, io, log, store
+from vlm2vec import approximate, dist, io, log, store
 from vlm2vec.batch import featurize
 from vlm2vec.bulk import blocks_of, embed_window, windows_of
 from vlm2vec.cache import content_digest
@@ -109,7 +109,7 @@ class Index:
             if view is None or any(view.meta[key] != meta[key] for key in ("numbering", "version")):
                 view = _View(meta, store.matrix(self.folder, meta, meta["rows"]), _mask(meta["dead"], meta["rows"]))
             if lists and view.lists is None:
-                view = replace(view, lists=approximate.opened(self.folder / meta["approximate"]["file"]))
+                view = replace(view, lists=approximate.opened(self.folder / meta["approximate"]["file"], meta["dims"], meta["rows"]))
             self._seen = view
         return view
 
@@ -201,10 +201,13 @@ class Index:
         query = """select id, number, text, instruction, images, webp from vectors
             join items using (key) left join pictures using (key) where row = ? order by number limit ?"""
         root, place = Path(view.meta["root"]), f"{view.meta['numbering']}-{row}"
-        return [
-            Hit(score, json.loads(id), number, text, instruction, tuple(root / path for path in json.loads(images)), webp, place)
-            for id, number, text, instruction, images, webp in connection.execute(query, (row, most))
-        ]
+        try:
+            return [
+                Hit(score, json.loads(id), number, text, instruction, tuple(root / path for path in json.loads(images)), webp, place)
+                for id, number, text, instruction, images, webp in connection.execute(query, (row, most))
+            ]
+        except (ValueError, TypeError) as error:
+            raise store.damaged(self.folder, f"an item of row {row}: {error}") from None
 
 
 def _mask(dead: Sequence[int], rows: int) -> NDArray[np.bool_] | None:
@@ -241,9 +244,10 @@ def build_index(
     encoded again. Items are encoded with `instruction`, by default the target instruction of the model, where they bring none. `loading`
     says how to load the encoder again: path, revision, adapter, options, precision. `skip_bad` leaves out an item that cannot be read,
     listed in skipped.jsonl, where DataError naming file and row would end the call. `approximately` makes the lists for approximate search.
-    Raises InputError where `to` holds something else, RunLockedError while another process fills it, EnvError when the disk refuses,
-    NonFiniteError for an embedding that is none, Interrupted once `stop` was signalled.
+    Raises InputError where `to` holds something else and on one of several ranks, RunLockedError while another process fills it, EnvError
+    when the disk refuses, NonFiniteError for an embedding that is none, Interrupted once `stop` was signalled.
     """
+    check_alone()
     folder = Path(to)
     if approximately:
         approximate.faiss()  # better missing before hours of encoding than after
@@ -262,6 +266,12 @@ def build_index(
                 job.writer.publish(approximate=_lists(folder, connection, progress))
             job.writer.tidy()
             return {**made, **store.read_meta(connection, folder)}
+
+
+def check_alone() -> None:
+    """Raise InputError on one of several ranks, which would all fill the same folder."""
+    if dist.world_size() > 1:
+        raise InputError(f"one process makes an index, and this is one of {dist.world_size()}: start vlm2vec index without a launcher")
 
 
 def _fixed(encoder: Any, source: Path, corpus: Corpus, dims: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +46,9 @@ create table items ({ITEM});
 create index items_key on items (key);
 create table next ({ITEM}, run integer);
 """
+BEGUN = {"file", "numbering", "version", "run", "dims", "fingerprint", "root"}  # settings of every index
+FINISHED = {"rows", "dead", "items", "instruction", "loading", "approximate"}  # and of one that can be searched
+NAMES = re.compile(r"vectors-[0-9]{1,9}\.f32|lists-[0-9]{1,9}\.faiss")  # of files that are read, cut and removed: none elsewhere
 COLUMNS = "id, number, key, stamp, text, instruction, images"
 logger = get_logger(__name__)
 
@@ -83,7 +87,7 @@ def _explained(file: Path, error: sqlite3.DatabaseError) -> Exception:
     said = str(error)
     if any(word in said for word in ("full", "readonly", "I/O", "unable to open", "locked")):
         return EnvError(f"{file}: {said}: is there space, and may this process write there?")
-    return ManifestError(f"{file} is damaged ({said}); remove the folder and make the index again")
+    return damaged(file.parent, said)
 
 
 @contextmanager
@@ -101,14 +105,24 @@ def transaction(connection: sqlite3.Connection, kind: str = "immediate") -> Iter
 
 
 def read_meta(connection: sqlite3.Connection, folder: Path) -> dict[str, Any]:
-    """The settings. Raises InputError where they are not of an index, or of another version's."""
+    """The settings. Raises InputError for those of another version, ManifestError where they are damaged or not of an index."""
     try:
         found = {key: json.loads(value) for key, value in connection.execute("select key, value from meta")}
     except (sqlite3.OperationalError, ValueError) as error:
         raise ManifestError(f"{folder / DATABASE} is not the database of an index ({error})") from None
     if found.get("format") != FORMAT:
         raise InputError(f"{folder}: written in format {found.get('format')}; this version reads format {FORMAT}, upgrade vlm2vec")
+    if missing := (BEGUN | FINISHED if found.get("version") else BEGUN) - found.keys():
+        raise damaged(folder, f"no setting {min(missing)}")
+    for name in (found["file"], (found.get("approximate") or {}).get("file", "lists-0.faiss")):
+        if not NAMES.fullmatch(str(name)):
+            raise damaged(folder, f"{str(name)[:80]!r} is no name of a file that belongs to it")
     return found
+
+
+def damaged(folder: Path, what: str) -> ManifestError:
+    """The error for a database that cannot be used."""
+    return ManifestError(f"{folder / DATABASE} is damaged ({what}); remove the folder and make the index again")
 
 
 def write_meta(connection: sqlite3.Connection, **values: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vec.commands import corpus_arguments, say
-from vlm2vec.commands.loading import chosen_device, chosen_options, device_arguments, load_encoder, model_arguments
+from vlm2vec.commands.loading import chosen_device, chosen_options, device_arguments, load_encoder, model_arguments, start_ranks
 from vlm2vec.errors import InputError
 from vlm2vec.signals import StopSignal
 
@@ -33,12 +33,14 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Make the index, and say what it holds and how to ask it."""
-    from vlm2vec.index import build_index
+    from vlm2vec.index import build_index, check_alone
 
     if not Path(given.items).exists():
         raise InputError(f"{given.items} not found")
     if Path(given.to).is_file():
         raise InputError(f"--to {given.to}: names a folder, and that is a file")
+    start_ranks(given)
+    check_alone()  # before the model, which may take long
     encoder, loading = _encoder(given)
     with StopSignal() as stop:
         made = build_index(
