@@ -14,12 +14,15 @@ import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.corpora import jsonl, paint, png
+from tests.pages import EVIL, EVIL_FILE, Tags
+from vlm2vec import dist
 from vlm2vec.cli import main, parse
 from vlm2vec.commands import index as index_command
 from vlm2vec.commands import search as search_command
@@ -65,13 +68,16 @@ def test_json_has_everything_and_several_queries_come_from_a_file(inside: Path, 
     jsonl(Path("q.jsonl"), [{"image": "pictures/red.png", "id": "r"}, {"text": "green", "instruction": "Own:"}, "plain"])
     lines = [json.loads(line) for line in run(capsys, "search", "index", "--queries", "q.jsonl", "--json").splitlines()]
     assert [line["id"] for line in lines] == ["r", 1, 2] and all(len(line["results"]) == 3 for line in lines)
+    assert all([result["rank"] for result in line["results"]] == [1, 2, 3] for line in lines)
     best = lines[0]["results"][0]
     assert best["id"] == "red.png" and best["score"] == pytest.approx(1, abs=1e-6) and best["images"] == [str(inside / "pictures/red.png")]
     scores = [result["score"] for result in lines[1]["results"]]
     assert scores == sorted(scores, reverse=True)
     words = ["night", "--image", "pictures/red.png", "--instruction", "Find:", "--json", "--top", "1"]
     both = json.loads(run(capsys, "search", "index", *words))
-    assert both["results"][0]["score"] < 0.9999, "text and instruction count too"
+    assert both["results"][0]["score"] < 0.9999, "the text counts too"
+    other = json.loads(run(capsys, "search", "index", *words[:3], "--instruction", "Say:", *words[5:]))
+    assert other["results"][0]["score"] != both["results"][0]["score"], "and the instruction"
 
 
 def test_the_page_holds_all_it_shows(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +99,42 @@ def test_a_page_with_pictures_that_are_gone_and_pictures_without_files(tmp_path:
     page = render(meta, [(Item("one"), hits), (Item("", (ImageRef(tmp_path / "q.png"),)), hits)], "Find:", True)
     assert page.count("picture missing") == 2 and page.count('width="7" height="5"') == 2 and "95.1%" in page
     assert "2 queries" in page and "A picture" in page and "0.250" in page
+
+
+def test_what_would_like_to_be_code_stays_text(tmp_path: Path) -> None:
+    """Queries, instructions, ids, texts, names of pictures and places: those of an index are whatever its input held."""
+    paint(tmp_path / EVIL_FILE, (1, 2, 3))
+    meta: dict[str, Any] = {"root": str(tmp_path), "items": 2, "source": EVIL, "instruction": EVIL, "loading": {"path": EVIL}}
+    meta["approximate"] = {"recall": 0.9}
+    hits = [Hit(0.5, EVIL_FILE, 0, EVIL, EVIL, (tmp_path / EVIL_FILE,)), Hit(0.25, EVIL, 1, EVIL, "", (tmp_path / "gone" / EVIL_FILE,))]
+    for asked in ([(Item(EVIL), hits)], [(Item(EVIL), hits), (Item("", (ImageRef(tmp_path / EVIL_FILE),)), [])]):
+        tags = Tags(render(meta, asked, EVIL, True))
+        assert tags.active() == [] and tags.words.count(EVIL) > 5 and EVIL_FILE in tags.words
+        assert tags.names.count("img") == len(asked), "the picture that is there, and that of the second query"
+
+
+def test_a_picture_outside_its_folder_is_not_shown(tmp_path: Path) -> None:
+    paint(tmp_path / "secret.png", (1, 2, 3))
+    (tmp_path / "root").mkdir()
+    meta = {"root": str(tmp_path / "root"), "items": 1, "source": "x", "instruction": "", "loading": {"path": "m"}, "approximate": None}
+    hit = Hit(0.5, "a", 0, "", "", (tmp_path / "root" / ".." / "secret.png",))
+    assert "data:image" not in render(meta, [(Item("x"), [hit])], "", False)
+
+
+def test_no_control_character_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hit = Hit(0.5, "\x1b]0;title\x07\nforged", 0, "\x1b[2J\nwords\x9b1m", "", ())
+    search_command._show(Item("\x1b[31mred"), [hit])
+    said = capsys.readouterr().out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", said) and said.count("\n") == 2
+
+
+def test_several_ranks_are_refused_before_the_model_is_loaded(
+    inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(index_command, "load_encoder", None)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    assert main(["index", "pictures", "--model", MODEL, "--to", "other", "--device", "cpu"]) == 2
+    assert "one process makes an index, and this is one of 2" in capsys.readouterr().err and not Path("other").exists()
 
 
 def test_index_again_needs_no_model_and_a_moved_one_is_named(inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import io
 import re
 import shutil
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,37 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.corpora import Hashing, jsonl, paint, png
-from vlm2vec.index import Index, build_index
+from tests.pages import EVIL, EVIL_FILE, Tags
+from vlm2vec.index import Hit, Index, build_index
 from vlm2vec.ui import page, pictures
 from vlm2vec.ui.app import app
 from vlm2vec.ui.guard import HEADERS
-from vlm2vec.ui.search import Question, Searcher
+from vlm2vec.ui.search import Answer, Question, Searcher
 
-EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 RED, GREEN = (220, 20, 20), (20, 220, 20)
 JSON = {"accept": "application/json"}
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
+def made(folder: Path) -> Path:
     """An index of two pictures, a text and an item that would like to be code."""
-    paint(tmp_path / "p" / "red.png", RED)
-    paint(tmp_path / "p" / "green.png", GREEN)
+    paint(folder / "p" / "red.png", RED)
+    paint(folder / "p" / "green.png", GREEN)
     rows: list[dict[str, Any]] = [{"image": "red.png", "id": "red"}, {"image": "green.png", "id": "green"}]
     rows += [{"text": "plain", "id": 7}, {"text": EVIL, "id": EVIL}]
-    build_index(Hashing(), jsonl(tmp_path / "p" / "items.jsonl", rows), tmp_path / "i")
-    return tmp_path
+    build_index(Hashing(), jsonl(folder / "p" / "items.jsonl", rows), folder / "i")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests that change nothing."""
+    return made(tmp_path_factory.mktemp("still"))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """One that a test may change."""
+    return made(tmp_path)
 
 
 def client(folder: Path, host: str = "127.0.0.1", encoder: Any = None) -> TestClient:
@@ -47,7 +57,13 @@ def client(folder: Path, host: str = "127.0.0.1", encoder: Any = None) -> TestCl
 
 
 @pytest.fixture
-def browser(here: Path) -> Iterator[TestClient]:
+def browser(still: Path) -> Iterator[TestClient]:
+    with client(still / "i") as opened:
+        yield opened
+
+
+@pytest.fixture
+def own(here: Path) -> Iterator[TestClient]:
     with client(here / "i") as opened:
         yield opened
 
@@ -56,20 +72,6 @@ def found(browser: TestClient, **values: Any) -> list[dict[str, Any]]:
     answer = browser.get("/search", params=values, headers=JSON)
     assert answer.status_code == 200, answer.text
     return answer.json()["results"]
-
-
-class Tags(HTMLParser):
-    """Every element and attribute of a page, as a browser would make them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.append(tag)
-        self.attributes += attrs
 
 
 # -- searching ---------------------------------------------------------------------------------------------------------------------------
@@ -83,8 +85,8 @@ def test_the_page_says_what_it_is_and_how_to_begin(browser: TestClient) -> None:
         assert browser.get(name).status_code == 200, name
 
 
-def test_words_find_what_the_index_finds(browser: TestClient, here: Path) -> None:
-    index = Index.open(here / "i")
+def test_words_find_what_the_index_finds(browser: TestClient, still: Path) -> None:
+    index = Index.open(still / "i")
     expected = index.search(index.embed(Hashing(), ["plain"]), 3)[0]
     results = found(browser, text=" plain ", top=3)
     assert [(each["id"], each["score"]) for each in results] == [(hit.id, hit.score) for hit in expected]
@@ -93,10 +95,10 @@ def test_words_find_what_the_index_finds(browser: TestClient, here: Path) -> Non
     assert told[0]["score"] < 0.99 and len(told) == 4, "the instruction counts"
 
 
-def test_the_instruction_is_the_models_own_unless_it_is_given(here: Path) -> None:
+def test_the_instruction_is_the_models_own_unless_it_is_given(still: Path) -> None:
     encoder = Hashing()
     encoder.query_instruction = "Find:"
-    with client(here / "i", encoder=encoder) as browser:
+    with client(still / "i", encoder=encoder) as browser:
         assert 'name="instruction" value="Find:"' in browser.get("/").text
         assert found(browser, text="plain") == found(browser, text="plain", instruction="Find:")
         assert found(browser, text="plain", instruction="")[0]["id"] == 7, "an empty one is none"
@@ -116,7 +118,7 @@ def test_a_picture_with_and_without_words(browser: TestClient) -> None:
 def test_more_like_one_leaves_it_out(browser: TestClient) -> None:
     first = found(browser, text="plain")[0]
     alike = found(browser, like=first["like"])
-    assert len(alike) == 3 and 7 not in [each["id"] for each in alike]
+    assert len(alike) == 3 and 7 not in [each["id"] for each in alike] and found(browser, like=first["like"], top=2) == alike[:2]
     assert "to <em>7</em>" in browser.get("/", params={"like": first["like"]}).text
 
 
@@ -124,31 +126,49 @@ def test_a_search_in_html_is_a_part_and_the_form_a_whole(browser: TestClient) ->
     part, whole = (browser.get(path, params={"text": "plain", "top": 2}) for path in ("/search", "/"))
     assert part.text in whole.text and "<html" not in part.text and part.text.count("<li>") == 2
     assert 'value="plain"' in whole.text and 'value="2"' in whole.text
+    assert re.findall(r">(\d+)\.<", part.text) == ["1", "2"]
+
+
+def test_a_score_below_zero_has_a_bar_of_no_width() -> None:
+    hits = [Hit(score, "a", 0, "", "", ()) for score in (-0.5, 0.25, 1.0000001)]
+    assert re.findall('rect width="([^"]*)"', page.answered(Answer(Question("x"), hits))) == ["0.0%", "25.0%", "100.0%"]
 
 
 def test_what_would_like_to_be_code_stays_text(browser: TestClient) -> None:
-    for answer in (browser.get("/", params={"text": EVIL, "instruction": EVIL}), browser.get("/"), browser.get("/", params={"top": EVIL})):
-        tags = Tags(answer.text)
-        assert "alert(1)" in answer.text and tags.names.count("script") == 1, "that of the page"
-        assert not [name for name, _ in tags.attributes if name.startswith("on") or name == "style"]
-        assert not [value for _, value in tags.attributes if (value or "").startswith("javascript:")]
+    asked: list[dict[str, str]] = [{"text": EVIL, "instruction": EVIL}, {}, {"top": EVIL}, {"like": EVIL}, {"text": EVIL, "like": EVIL}]
+    for values in (*asked, {"like": found(browser, text=EVIL)[0]["like"]}):
+        tags = Tags(browser.get("/", params=values).text)
+        assert tags.active() == ["script"], "that of the page"
+        assert "style" not in dict(tags.attributes)
+    assert "alert(1)" in tags.words
     assert found(browser, text=EVIL)[0]["id"] == EVIL
+
+
+def test_names_that_would_like_to_be_code(tmp_path: Path) -> None:
+    """Of the index, of a folder in it and of a picture, which is its id."""
+    paint(tmp_path / "p" / "on=1 ' \" <b>" / EVIL_FILE, RED)
+    build_index(Hashing(), tmp_path / "p", tmp_path / EVIL_FILE)
+    with client(tmp_path / EVIL_FILE) as browser:
+        for values in ({}, {"text": "x"}, {"like": found(browser, text="x")[0]["like"]}):
+            tags = Tags(browser.get("/", params=values).text)
+            assert tags.active() == ["script"] and EVIL_FILE in tags.words
+        assert browser.get(found(browser, text="x")[0]["pictures"][0]).headers["content-type"] == "image/png"
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_small_copies_or_the_file_itself(browser: TestClient, here: Path) -> None:
+def test_pictures_are_small_copies_or_the_file_itself(own: TestClient, here: Path) -> None:
     Image.new("RGB", (1000, 500), RED).save(here / "p" / "red.png")
-    address = next(each for each in found(browser, text="x") if each["id"] == "red")["pictures"][0]
-    small = browser.get(address, params={"size": 320})
+    address = next(each for each in found(own, text="x") if each["id"] == "red")["pictures"][0]
+    small = own.get(address, params={"size": 320})
     assert small.headers["content-type"] == "image/webp" and Image.open(io.BytesIO(small.content)).size == (320, 160)
-    again = browser.get(address, params={"size": 320}, headers={"if-none-match": small.headers["etag"]})
+    again = own.get(address, params={"size": 320}, headers={"if-none-match": small.headers["etag"]})
     assert again.status_code == 304 and not again.content
-    whole = browser.get(address)
+    whole = own.get(address)
     assert whole.headers["content-type"] == "image/png" and whole.content == (here / "p" / "red.png").read_bytes()
     Image.new("RGB", (400, 400), GREEN).save(here / "p" / "red.png")
-    assert Image.open(io.BytesIO(browser.get(address, params={"size": 320}).content)).size == (320, 320), "a new file, a new copy"
+    assert Image.open(io.BytesIO(own.get(address, params={"size": 320}).content)).size == (320, 320), "a new file, a new copy"
 
 
 @pytest.mark.parametrize(
@@ -161,16 +181,16 @@ def test_pictures_are_small_copies_or_the_file_itself(browser: TestClient, here:
     ],
 )
 def test_no_file_is_served_as_anything_but_a_picture(
-    browser: TestClient, here: Path, content: bytes | None, status: int, kind: str
+    own: TestClient, here: Path, content: bytes | None, status: int, kind: str
 ) -> None:
-    address = next(each for each in found(browser, text="x") if each["id"] == "red")["pictures"][0]
+    address = next(each for each in found(own, text="x") if each["id"] == "red")["pictures"][0]
     (here / "p" / "red.png").unlink()
     if content is not None:
         (here / "p" / "red.png").write_bytes(content)
-    answer = browser.get(address)
+    answer = own.get(address)
     assert answer.status_code == status and answer.headers["content-type"].startswith(kind)
     assert answer.headers["x-content-type-options"] == "nosniff"
-    assert browser.get(address, params={"size": 160}).status_code == 404
+    assert own.get(address, params={"size": 160}).status_code == 404
 
 
 def test_a_type_that_browsers_do_not_show_and_several_pictures(tmp_path: Path) -> None:
@@ -200,7 +220,7 @@ def test_a_picture_inside_a_parquet_file(tmp_path: Path) -> None:
         *("0", "x-1", "{}-99", "{}--1", "{}-1.0", "{}-\u0661"),
     ],
 )
-def test_an_address_is_a_place_in_the_index_and_nothing_else(browser: TestClient, here: Path, place: str) -> None:
+def test_an_address_is_a_place_in_the_index_and_nothing_else(browser: TestClient, place: str) -> None:
     numbering = found(browser, text="x")[0]["like"].partition("-")[0]
     answer = browser.get("/picture/" + place.format(numbering))
     assert answer.status_code == 404 and b"root:" not in answer.content
@@ -311,8 +331,8 @@ def test_other_methods(browser: TestClient, method: str) -> None:
         ("0.0.0.0", "1.2.3.4.evil.example", 403),
     ],
 )
-def test_only_names_that_are_served_get_an_answer(here: Path, host: str, given: str, status: int) -> None:
-    with client(here / "i", host) as browser:
+def test_only_names_that_are_served_get_an_answer(still: Path, host: str, given: str, status: int) -> None:
+    with client(still / "i", host) as browser:
         answer = browser.get("/search?text=x", headers={"host": given})
         assert answer.status_code == status and (status == 200) == ("plain" in answer.text)
 
@@ -343,49 +363,49 @@ def test_every_answer_carries_the_headers(browser: TestClient, path: str) -> Non
 # -- an index that changes ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_index_takes_in_meanwhile_is_found(browser: TestClient, here: Path) -> None:
-    gone = next(each for each in found(browser, text="x") if each["id"] == "red")
+def test_what_the_index_takes_in_meanwhile_is_found(own: TestClient, here: Path) -> None:
+    gone = next(each for each in found(own, text="x") if each["id"] == "red")
     rows = [{"image": "green.png", "id": "green"}, {"text": "new", "id": "new"}]
     build_index(Hashing(), jsonl(here / "p" / "items.jsonl", rows), here / "i")
-    assert found(browser, text="new")[0]["id"] == "new" and len(found(browser, text="x")) == 2
-    answer = browser.get("/search", params={"like": gone["like"]})
+    assert found(own, text="new")[0]["id"] == "new" and len(found(own, text="x")) == 2
+    answer = own.get("/search", params={"like": gone["like"]})
     assert answer.status_code == 404 and "search again" in answer.text
-    assert browser.get(gone["pictures"][0]).status_code == 404
-    assert browser.get("/health").json() == {"status": "ok", "items": 2}
+    assert own.get(gone["pictures"][0]).status_code == 404
+    assert own.get("/health").json() == {"status": "ok", "items": 2}
 
 
-def test_a_folder_made_anew_gives_its_own_items_and_no_picture_by_an_old_address(browser: TestClient, here: Path) -> None:
-    old = found(browser, text="x")[0]
+def test_a_folder_made_anew_gives_its_own_items_and_no_picture_by_an_old_address(own: TestClient, here: Path) -> None:
+    old = found(own, text="x")[0]
     shutil.rmtree(here / "i")
     build_index(Hashing(), jsonl(here / "p" / "items.jsonl", [{"text": f"t{number}", "id": number} for number in range(4)]), here / "i")
     assert Index.open(here / "i").meta["version"] == 1, "the number alone would not tell"
-    assert found(browser, text="t3")[0]["score"] == pytest.approx(1, abs=1e-6)
-    assert browser.get("/search", params={"like": old["like"]}).status_code == 404
+    assert found(own, text="t3")[0]["score"] == pytest.approx(1, abs=1e-6)
+    assert own.get("/search", params={"like": old["like"]}).status_code == 404
 
 
-def test_a_folder_made_anew_with_another_model(browser: TestClient, here: Path) -> None:
+def test_a_folder_made_anew_with_another_model(own: TestClient, here: Path) -> None:
     shutil.rmtree(here / "i")
     build_index(Hashing("other"), here / "p" / "items.jsonl", here / "i")
-    answer = browser.get("/search", params={"text": "x"})
+    answer = own.get("/search", params={"text": "x"})
     assert answer.status_code == 400 and "start it again" in answer.text
 
 
-def test_a_damaged_index(browser: TestClient, here: Path) -> None:
-    place = found(browser, text="x")[0]["like"]
+def test_a_damaged_index(own: TestClient, here: Path) -> None:
+    place = found(own, text="x")[0]["like"]
     (here / "i" / "index.sqlite").write_bytes(b"no database at all" * 100)
     for address in ("/?text=x", "/", "/search?text=x", f"/picture/{place}"):
-        answer = browser.get(address)
+        answer = own.get(address)
         assert answer.status_code == 500 and "make the index again" in answer.text and "Traceback" not in answer.text
-    assert browser.get("/health").status_code == 503
+    assert own.get("/health").status_code == 503
 
 
-def test_an_index_that_is_gone_or_holds_nan(browser: TestClient, here: Path) -> None:
+def test_an_index_that_is_gone_or_holds_nan(own: TestClient, here: Path) -> None:
     rows = np.memmap(here / "i" / "vectors-0.f32", "<f4", "r+")
     rows[3] = np.nan
     rows.flush()
-    assert browser.get("/search?text=x").status_code == 500
+    assert own.get("/search?text=x").status_code == 500
     shutil.rmtree(here / "i")
-    assert browser.get("/search?text=x").status_code == 503 and browser.get("/health").status_code == 503
+    assert own.get("/search?text=x").status_code == 503 and own.get("/health").status_code == 503
 
 
 def test_an_index_of_nothing(here: Path) -> None:
