@@ -279,6 +279,9 @@ def test_damaged_rows_alone_are_encoded_again(tmp_path: Path, damage: str, caplo
     with caplog.at_level(logging.WARNING, "vlm2vec"):
         build(source, tmp_path / "i", encoder)
     assert kept(tmp_path / "i") == before and encoder.encoded == (12 if damage == "gone" else 4) and "are damaged" in caplog.text
+    caplog.clear()
+    build(source, tmp_path / "i")
+    assert not caplog.records, "and that is the end of it"
     assert ids(tmp_path / "i", "text 11", 1) == ["t11"]
 
 

@@ -128,6 +128,8 @@ def test_what_nobody_waits_for_is_not_prepared_and_makes_room(monkeypatch: pytes
         assert gone.cancel()
         model.gate.set()
         stays.result(20)
+        for _ in range(20):
+            submit(batcher, ["next"]).result(20)
     assert prepared.count("gone") < 10
 
 

@@ -193,6 +193,13 @@ def test_no_file_is_served_as_anything_but_a_picture(
     assert own.get(address, params={"size": 160}).status_code == 404
 
 
+def test_a_folder_in_the_place_of_a_picture(own: TestClient, here: Path) -> None:
+    address = next(each for each in found(own, text="x") if each["id"] == "red")["pictures"][0]
+    (here / "p" / "red.png").unlink()
+    (here / "p" / "red.png").mkdir()
+    assert own.get(address).status_code == own.get(address, params={"size": 160}).status_code == 404
+
+
 def test_a_type_that_browsers_do_not_show_and_several_pictures(tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), RED).save(tmp_path / "a.tif")
     paint(tmp_path / "b.png", GREEN)
@@ -270,6 +277,20 @@ def test_too_many_pixels(browser: TestClient) -> None:
     Image.new("1", (9000, 9000)).save(bomb, "PNG")
     answer = browser.post("/search", files={"image": bomb.getvalue()})
     assert len(bomb.getvalue()) < 100_000 and answer.status_code == 400 and "64,000,000" in answer.text
+
+
+def test_what_a_browser_that_has_gone_on_asked_is_not_computed(browser: TestClient) -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/search", "headers": [(b"host", b"localhost")], "query_string": b"text=x"}
+    asyncio.run(browser.app(scope, receive, send))
+    assert sent[0]["status"] == 499
 
 
 def test_too_many_bytes_are_not_even_read(browser: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
