@@ -456,7 +456,7 @@ def test_what_looks_like_scans_beside_them_does_no_harm() -> None:
     expected = pixels(scanned(0))
     for beside in (segment(0xE1, b"\xff\xda" * 300), segment(0xFE, scanned(0) * 20)):
         np.testing.assert_array_equal(pixels(scanned(0, before=beside)), expected)
-    np.testing.assert_array_equal(pixels(scanned(0, behind=b"ftyp" + b"\xff\xda\0\2" * 300)), expected)
+    np.testing.assert_array_equal(pixels(scanned(0, behind=b"\0\0ftyp" + b"\xff\xda\0\2" * 300)), expected)
 
 
 def test_a_ppm_of_comments_without_end_is_refused() -> None:
