@@ -173,8 +173,11 @@ def test_rows_that_nothing_needs_are_dropped_once_they_are_most(tmp_path: Path, 
     build(texts(source, 8), tmp_path / "i")
     assert (tmp_path / "i" / "vectors-0.f32").stat().st_size == 12 * 24 * 4 and ids(tmp_path / "i", "text 11", 12).count("t11") == 0
     assert len(ids(tmp_path / "i", "text 11", 1)) == 1, "a row that is not needed takes no place"
+    index = Index.open(tmp_path / "i")
+    place = index.search(index.embed(Hashing(), ["text 1"]), 1)[0][0].place  # of row 1, as some row will be again
     jsonl(source, [{"text": f"text {number}", "id": f"t{number}"} for number in (7, 2)][: left + 1])
     build(source, tmp_path / "i")
+    assert Index.open(tmp_path / "i").at(place) is None, "rows are numbered anew: an old address finds nothing, not another item"
     files = [file.name for file in (tmp_path / "i").glob("vectors-*")]
     assert files == ["vectors-1.f32"] and (tmp_path / "i" / files[0]).stat().st_size == (left + 1) * 24 * 4
     build(source, tmp_path / "fresh")
