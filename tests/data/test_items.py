@@ -104,6 +104,27 @@ def test_pictures_of_a_folder_by_content_in_order_of_their_names(tmp_path: Path)
     assert item_of(first, Path(found.images)).images[0].source == folder / str(first.id)
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "metadata.jsonl", "captions.jsonl", "pairs.parquet", "metadata.parquet"])
+def test_tables_about_pictures_do_not_make_them_rows(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "photos"
+    paint(folder / "album" / "a.png", RED)
+    row = {"file_name": "album/a.png", "text": "a caption"}
+    table = parquet(folder / name, **{key: [value] for key, value in row.items()}) if "parquet" in name else jsonl(folder / name, [row])
+    found = corpus(folder)
+    assert (found.kind, ids(found), found.ignored) == ("pictures", ["album/a.png"], 1)
+    assert [row.values for row in rows(corpus(table, columns={"image": "file_name"}))] == [{"text": "a caption", "image": "album/a.png"}]
+
+
+def test_rows_beside_pictures_are_refused_and_above_them_are_read(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "corpus" / "items.jsonl", [{"image": "images/a.png"}])
+    paint(tmp_path / "corpus" / "images" / "a.png", RED)
+    assert corpus(tmp_path / "corpus").kind == "jsonl"
+    paint(tmp_path / "corpus" / "b.PNG", RED)
+    with pytest.raises(DataError, match=r"corpus holds pictures \(b.PNG\) and rows \(items.jsonl\), and either could be meant"):
+        corpus(tmp_path / "corpus")
+    assert corpus(file).kind == "jsonl"
+
+
 # -- ranges ------------------------------------------------------------------------------------------------------------------------------
 
 RANGES = [[range(0, 23)], [range(0, 5), range(5, 9)], [range(3, 4), range(9, 17)], [range(22, 23)], [range(6, 12), range(18, 21)]]

@@ -4,6 +4,9 @@ Keys of a line, or columns: `text`, `image`, `instruction`, `id`; others are not
 struct of bytes and path that image datasets have, or a list of either. A line that is a JSON string is an item of that text. An absent id
 is the number of the row, counted over all files. A blank line is no row.
 
+Tables about the pictures of a folder (ABOUT: their captions, the pairs made of them) do not make it a folder of rows; any other file of
+rows beside pictures is an error, since either could be meant. A file that is named is read whatever its name.
+
 A scan goes over the files once and keeps where to start reading: a mark every MARK lines, the row groups of a parquet file. After that any
 range of rows is read without what lies before it, and never more than a few rows at a time are held.
 """
@@ -34,6 +37,7 @@ from vlm2vec.io.disk import DiskErrors
 KEYS = ("id", "text", "image", "instruction")
 MARK = 4096  # lines of a JSONL file between two places where reading can start
 LISTING_KEYS = {"id": "path", "image": "path"}  # of a folder's listing
+ABOUT = ("captions", "metadata", "pairs")  # names of tables about the pictures beside them, which hold no items of their own
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"))
 _ROWS = 1024  # rows of a parquet file decoded at once
 _PICTURES = 32  # the same, where they hold pictures
@@ -130,7 +134,8 @@ def scan(source: Path, listing: Path, columns: Mapping[str, str] | None = None, 
     if not files:
         ignored = list_pictures(source, listing)
         pieces, content = _marks(listing, 0, 0)
-        _require(pieces, f"{source} holds no pictures and no .jsonl or .parquet file ({ignored} files of other kinds)")
+        others = f"{ignored} files of other kinds; {', '.join(ABOUT)} are read when they are named"
+        _require(pieces, f"{source} holds no pictures and no .jsonl or .parquet file ({others})")
         return Corpus("pictures", str(source), [str(listing)], pieces, content, dict(LISTING_KEYS), ignored)
     columns = dict(columns or {})
     all_pieces: list[Piece] = []
@@ -158,10 +163,16 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"{source} not found")
-    files = sorted(child for child in source.iterdir() if child.suffix in (".jsonl", ".parquet") and child.is_file())
-    files = [file for file in files if not file.name.startswith(".")]
+    children = sorted(child for child in source.iterdir() if not child.name.startswith("."))
+    files = [child for child in children if child.suffix in (".jsonl", ".parquet") and child.stem not in ABOUT and child.is_file()]
     if len({file.suffix for file in files}) > 1:
         raise DataError(f"{source} holds .jsonl and .parquet files; name the ones to read by a folder that holds nothing else")
+    picture = next((child.name for child in children if child.suffix.lower() in SUFFIXES), None)
+    if files and picture:
+        raise DataError(
+            f"{source} holds pictures ({picture}) and rows ({files[0].name}), and either could be meant; name the file of rows, "
+            "or a folder that holds the pictures alone"
+        )
     return files
 
 
