@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -211,6 +212,30 @@ def test_help_is_quick_and_teaches() -> None:
     done = call("--help")
     assert "--dry-run" in done.stdout and "--tiny" in done.stdout and "exit codes" in done.stdout
     assert call(launcher=[sys.executable, "-X", "importtime"]).stderr.count("torch") == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "vlm2vec", "keys"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interruption_ends_with_a_word_and_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm2vec.config.reference", interrupted)
+    assert main(["keys"]) == 130
+    assert capsys.readouterr().err == "error: interrupted; the same command may be run again\n"
+
+
+def test_deepspeed_gives_no_alarm_where_there_is_no_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["keys"]) == 0
+    logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    logging.getLogger("DeepSpeed").warning("anything else")
+    assert [record.getMessage() for record in caplog.records] == ["anything else"]
 
 
 def test_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

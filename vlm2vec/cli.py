@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setup("debug" if given.verbose else "info")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # for their developers, not for our users
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is raised, and Python keeps every text that it warned with
+    logging.getLogger("DeepSpeed").addFilter(_no_alarm)
     try:
         given.run(given)
     except Vlm2VecError as error:
@@ -68,4 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:  # where there is no state to save: what takes long has a StopSignal
+        if given.verbose:
+            raise
+        sys.stderr.write("error: interrupted; the same command may be run again\n")
+        return 128 + signal.SIGINT
     return 0
+
+
+def _no_alarm(record: logging.LogRecord) -> bool:
+    """That there is no GPU is no news to those who have none, and DeepSpeed, where it is installed, warns of it in every run."""
+    return "Setting accelerator to CPU" not in record.getMessage()

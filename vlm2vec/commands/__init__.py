@@ -5,12 +5,17 @@ came of it. The modules are imported for `--help` already, so whatever is slow t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal."""
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it, such as `head`, has seen enough: the work goes on without
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive(text: str) -> int:

@@ -42,13 +42,13 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Encode, and say what was made and how to load it."""
-    from vlm2vec import dist
-    from vlm2vec.bulk import encode_corpus
-
     if not Path(given.items).exists():
         raise InputError(f"{given.items} not found")
     if Path(given.to).suffix in (".safetensors", ".npy") or Path(given.to).is_file():
         raise InputError(f"--to {given.to}: names a folder, which will hold shards; give it a name without a file's ending")
+    from vlm2vec import dist
+    from vlm2vec.bulk import encode_corpus
+
     start_ranks(given)
     encoder = load_encoder(given)
     made = {"precision": given.precision, "dims": given.dims, "shard_items": given.shard_items, "columns": dict(given.columns)}

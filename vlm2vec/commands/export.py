@@ -53,4 +53,5 @@ def run(given: argparse.Namespace) -> None:
         return
     if report.rows:
         say(report.table())
-    say(f"wrote {given.to}")
+    say(f"wrote  {given.to}")
+    say(f"next   vlm2vec push {given.to} owner/name --dry-run    (a copy elsewhere is checked by vlm2vec verify)")

@@ -33,12 +33,12 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Make the index, and say what it holds and how to ask it."""
-    from vlm2vec.index import build_index, check_alone
-
     if not Path(given.items).exists():
         raise InputError(f"{given.items} not found")
     if Path(given.to).is_file():
         raise InputError(f"--to {given.to}: names a folder, and that is a file")
+    from vlm2vec.index import build_index, check_alone
+
     start_ranks(given)
     check_alone()  # before the model, which may take long
     encoder, loading = _encoder(given)

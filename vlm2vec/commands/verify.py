@@ -32,3 +32,4 @@ def run(given: argparse.Namespace) -> None:
     report = verify(given.model, given.revision, given.device, given.dtype)
     say(report.table())
     report.require()
+    say(f"{given.model} is what was exported, and all that could read it agree")
