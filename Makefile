@@ -3,9 +3,6 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RECIPE ?= recipes/quickstart.yaml
-# accelerate gives a process one thread unless told otherwise
-THREADS = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
-LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS) train.py
 .DEFAULT_GOAL := help
 # one process, or PROCESSES of them with a GPU each
 EVAL = $(if $(PROCESSES),$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no --module vlm2vec,$(BIN)/vlm2vec)
@@ -27,11 +24,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml benchmarks/mini/weights.txt
 
 demo-short: install ## the demo in its shortest form: a few steps and queries, so that it cannot rot
 	$(BIN)/vlm2vec data get mini
-	$(LAUNCH) $(RECIPE) run.dir=runs/demo-short train.steps=3 train.warmup=1 evaluate.limit=2 --fresh
+	$(BIN)/vlm2vec train $(RECIPE) run.dir=runs/demo-short train.steps=3 train.warmup=1 evaluate.limit=2 --fresh
 
 demo: install ## train, evaluate and report on the embedded benchmark (minutes, no GPU, no network once installed)
 	$(BIN)/vlm2vec data get mini
-	$(LAUNCH) $(RECIPE)
+	$(BIN)/vlm2vec train $(RECIPE)
 
 eval-mmeb: install ## score MODEL=... on the 36 sets of MMEB (ROOT=folder of the data, SUITE=other suite, PROCESSES=8, ARGS="--limit 100")
 	@test -n "$(MODEL)" || { echo 'say which model: make eval-mmeb MODEL=TIGER-Lab/VLM2Vec-Qwen2VL-2B, or MODEL=runs/phi35_lora/model' >&2; exit 2; }
