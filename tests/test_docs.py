@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.corpora import paint
 from tests.runs import start_run, tiny_recipe
 from vlm2vec import Encoder, trainer
 from vlm2vec.backbones import resolve
@@ -228,7 +229,7 @@ def test_every_command_and_option_is_in_the_reference(
 
 
 COMMAND = re.compile(r"^    ((?:make|vlm2vec|accelerate launch) .*)", re.M)
-LINES = [(page.stem, line) for page in PAGES for line in COMMAND.findall(page.read_text("utf-8"))]
+LINES = [(page.stem, line) for page in [*PAGES, ROOT / "README.md"] for line in COMMAND.findall(page.read_text("utf-8"))]
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
@@ -261,6 +262,8 @@ def run(block: str, **names: Any) -> dict[str, Any]:
 
 def test_the_quickstart_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = blocks("quickstart", "python")
+    for name in ("apple.jpg", "pear.jpg"):
+        paint(Path("data/mini/eval_images/Groceries") / name, (200, 40, len(name)))
     run(block.replace("runs/quickstart/model", "builtin/tiny-qwen2_vl"))
     assert "tensor([[" in capsys.readouterr().out
 
