@@ -219,10 +219,10 @@ def sentence(summary: Summary) -> str:
     what, score = f"{_capital(row.key)} {summary.metric}", f"{percent(row.after.value)} %"
     if row.before is None or row.change is None:
         return f"{what} is {score}, where chance is {percent(row.chance)} %. {_beyond_chance(summary)}"
-    verb = {1: "rose", -1: "fell", 0: "stayed"}[_sign(row.change)]
+    moved = {1: "rose from {} to", -1: "fell from {} to", 0: "stayed at"}[_sign(row.change)].format(percent(row.before.value))
     overlap = "do not overlap" if row.apart else "overlap"
     points = f"{percent(row.change, signed=True)} points; the 95 % intervals {overlap}"
-    return f"{what} {verb} from {percent(row.before.value)} to {score}, {points}. {_beyond_intervals(summary)} {_beyond_chance(summary)}"
+    return f"{what} {moved} {score}, {points}. {_beyond_intervals(summary)} {_beyond_chance(summary)}"
 
 
 def _beyond_intervals(summary: Summary) -> str:
