@@ -81,6 +81,24 @@ def test_the_gradient_is_that_of_eager_layers_with_generated_code(monkeypatch: p
     check(monkeypatch, lora)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_each_kind_of_layer_is_one_graph_for_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer among them, which computes no more tokens than are read. A chunk of one item, or without padding, has another."""
+    graphs: list[Any] = []
+    monkeypatch.setattr(module, "BACKEND", lambda graph, _: graphs.append(graph) or graph)
+    torch._dynamo.reset()
+    recipe = recipe_for(PLAIN)
+    encoder = load_encoder(recipe, None)
+    texts = [["a", "bcd"], ["ef", "g", "hi"], ["words", "w", "o", "r", "d"]]
+    batches = [encoder.processor.collate([encoder.processor.features(text, []) for text in chunk]) for chunk in texts]
+    expected = [encoder.embed(batch) for batch in batches]
+    with compiled(encoder, recipe.train):
+        found = [encoder.embed(batch) for batch in batches]
+    assert max(float((ours - plain).abs().max()) for ours, plain in zip(found, expected, strict=True)) <= 1e-6
+    assert len(graphs) == 3  # the trial, a layer, the last one
+
+
 def test_names_and_layers_are_the_models_own_inside_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BACKEND", "eager")
     recipe = recipe_for(PLAIN)

@@ -178,7 +178,7 @@ def test_what_is_undone_costs_operations(built: Callable[[str], Built]) -> None:
         return counter.get_total_flops()
 
     base = operations("ours")
-    for name in ("with head", "towers twice", "every occurrence", "checkpointed"):
+    for name in ("with head", "whole last layer", "towers twice", "every occurrence", "checkpointed"):
         assert operations(name) > base, name
     assert operations("graphs kept") < base and operations("input order") != base
 

@@ -263,9 +263,10 @@ class Encoder:
 
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """(C, D) float32 unit rows of a collated chunk, differentiable. A zero or non-finite embedding is a row of NaN: `check_rows`."""
+        how = self.options.pooling
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            hidden_CLD = self.backbone.hidden(batch)
-        return normalize(pool(hidden_CLD, batch["attention_mask"], self.options.pooling))
+            hidden_CLD = self.backbone.hidden(self.backbone.read_last(batch) if how == "last" else batch)
+        return normalize(pool(hidden_CLD, batch["attention_mask"], how))
 
     @torch.no_grad()
     def picture_features(self, picture: dict[str, Tensor]) -> dict[str, Tensor]:

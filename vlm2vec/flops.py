@@ -7,7 +7,8 @@ Two counts are made. `useful` is the floor: each distinct item once forward and 
 what is frozen, causal attention over the lower triangle alone, no padding. `done` is what this library runs: padded chunks, the second pass
 of GradCache (Gao et al. 2021, arXiv 2101.06983) over chunks that do not keep their graph, frozen towers once because their outputs are
 replayed, recomputed activations, whole score matrices under a mask, and what an implementation of DoRA computes twice. Packed chunks have
-no padding and no mask: there causal attention is its lower triangle in both counts.
+no padding and no mask: there causal attention is its lower triangle in both counts. Products that run at the last token of each item alone
+(`backbones/last_layer`) count so in both.
 
 Shape letters: C items in a chunk, L tokens; a grid (height, width) counts the patches that attend to each other.
 """
@@ -28,7 +29,7 @@ class Linear:
     `reads` numbers the tensor it reads: layers with equal numbers share it. `rank` > 0 is a LoRA adapter (arXiv 2106.09685), behind
     `dropout` or not, and with the magnitudes of DoRA (arXiv 2402.09353) or not. `block` names the layer of the tower that it belongs to,
     whose activations may be recomputed, and `role` its place there: query (keys and values too), out, up (the gate too) or down. What is
-    not `read` is computed forward and in vain.
+    not `read` is computed forward and in vain. `last`: applied to the last token of each item alone, as `backbones/last_layer` does.
     """
 
     inputs: int
@@ -42,6 +43,7 @@ class Linear:
     block: str = ""
     role: str = ""
     read: bool = True
+    last: bool = False
 
     @property
     def learns(self) -> bool:
@@ -91,6 +93,11 @@ class Load:
         """Rows that every linear layer sees."""
         return sum(count * (height * width + self.extra) for (height, width), count in self.grids.items())
 
+    @cached_property
+    def items(self) -> int:
+        """Grids, or texts."""
+        return sum(self.grids.values())
+
     def pairs(self, window: int = 0) -> int:
         """Query-key pairs of one head: squares of the lengths, or of the windows that a grid falls into."""
         if not window:
@@ -131,9 +138,12 @@ class Cost:
 
 @dataclass
 class _Rates:
-    """A stack's cost per row, per query-key pair (by window, and whether the lower triangle alone counts), per picture, and per pass."""
+    """A stack's cost per row, per item, per query-key pair (by window, and whether the lower triangle alone counts), per picture, and per
+    pass.
+    """
 
     row: Cost = Cost()
+    item: Cost = Cost()
     picture: Cost = Cost()
     once: Cost = Cost()
     pairs: dict[tuple[int, bool], Cost] = field(default_factory=dict)
@@ -158,7 +168,7 @@ class Stack:
     def cost(self, load: Load, behind: bool = False, lean: bool = False) -> Cost:
         """Operations over `load`. `behind`: something in front of the stack is trained. `lean`: only what the mathematics needs."""
         rates = self._rates[behind or self.entry, lean]
-        total = rates.row * load.rows + rates.picture * load.pictures + rates.once
+        total = rates.row * load.rows + rates.item * load.items + rates.picture * load.pictures + rates.once
         for (window, triangle), each in rates.pairs.items():
             total += each * (load.causal_pairs() if triangle else load.pairs(window))
         return total
@@ -173,7 +183,10 @@ class Stack:
         for op in self.ops:
             if isinstance(op, Linear):
                 needed = reads.setdefault(op.reads, needs)  # whether the tensor that it reads needs a gradient
-                rates.row += _linear(op, needed, lean)
+                if op.last:
+                    rates.item += _linear(op, needed, lean)
+                else:
+                    rates.row += _linear(op, needed, lean)
                 rates.once += _norm(op) if not lean else Cost()
                 needs = needs or op.learns
             elif isinstance(op, Attention):
@@ -186,7 +199,7 @@ class Stack:
 
 
 def _linear(op: Linear, needed: bool, lean: bool) -> Cost:
-    """Per row of the stack."""
+    """Per row of the stack that the product is applied to."""
     product = 2.0 * op.rows * op.inputs * op.outputs
     down, up = 2.0 * op.rows * op.inputs * op.rank, 2.0 * op.rows * op.outputs * op.rank
     copies = 2 if op.dora and op.dropout and not lean else 1  # the frozen product of the dropped input too

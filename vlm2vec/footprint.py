@@ -50,12 +50,15 @@ class Held:
 
 
 def layer(ops: Sequence[Op], length: int, numbers: Numbers) -> Held:
-    """What autograd keeps of one layer that a gradient passes. `length`: tokens of the longest row, on which scores depend."""
+    """What autograd keeps of one layer that a gradient passes. `length`: tokens of the longest item, on which scores depend; one of them is
+    its last.
+    """
     linears = [op for op in ops if isinstance(op, Linear)]
     total = sum((_attention(op, length, numbers) for op in ops if isinstance(op, Attention)), Held())
     for _, members in groupby(linears, key=lambda op: op.reads):
         group = list(members)
-        total += _group(group, numbers) + Held(_activation(group, numbers))
+        held = _group(group, numbers) + Held(_activation(group, numbers))
+        total += Held(held.row / length, held.once) if group[0].last else held
     return total
 
 

@@ -100,6 +100,7 @@ class _Reader:
         self.model, self.lora = backbone.model, recipe.lora
         self.pattern, self.beyond = target_patterns(backbone, self.lora.parts, self.lora.targets) if self.lora else ("", None)
         self.replayed = self._replayed()
+        self.narrowed = self._narrowed()
 
     def adapted(self, name: str, module: nn.Module) -> bool:
         """Whether the layer gets an adapter."""
@@ -133,10 +134,17 @@ class _Reader:
         return Attention(width, heads, self._window(name), self._causal(part), masked, fused, _block(name), self._read(name))
 
     def _linear(self, name: str, module: nn.Module, part: str, op: Linear) -> Linear:
-        trained, read = part in self.recipe.model.train, self._read(name)
+        last = op.block == self.narrowed and op.role in ("up", "down")
+        op = replace(op, trained=part in self.recipe.model.train, read=self._read(name), last=last)
         if self.lora is None or not self.adapted(name, module):
-            return replace(op, trained=trained, read=read)
-        return replace(op, trained=trained, read=read, rank=self.lora.rank, dora=self.lora.dora, dropout=self.lora.dropout > 0)
+            return op
+        return replace(op, rank=self.lora.rank, dora=self.lora.dora, dropout=self.lora.dropout > 0)
+
+    def _narrowed(self) -> str | None:
+        """The layer of the language model whose MLP runs at the last token of each item alone, None if all run at every token."""
+        if self.recipe.model.pooling != "last" or not self.backbone.narrows:
+            return None
+        return _block(self._weighted("language")[-1][0])
 
     def entry(self, part: str) -> bool:
         """Whether the part is trained and holds something in front of its first product: a token table, a norm."""

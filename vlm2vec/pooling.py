@@ -19,10 +19,22 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor, how: str) -> Tensor:
     if how not in ("last", "mean"):
         raise InputError(f"model.pooling: expected last or mean, got {how!r}")
     real_BL = mask_BL.bool()
-    if len(hidden_BLD) != len(real_BL):
-        return _pool_packed(hidden_BLD[0], real_BL.sum(dim=1), how)
-    embedding_BD = _last(hidden_BLD, real_BL) if how == "last" else _mean(hidden_BLD, real_BL)
-    return embedding_BD.masked_fill(~real_BL.any(dim=1, keepdim=True), float("nan"))
+    packed = len(hidden_BLD) != len(real_BL)
+    if how == "last":
+        embedding_BD = hidden_BLD.flatten(0, 1)[last_places(mask_BL, packed)].to(_wide(hidden_BLD))
+    else:
+        embedding_BD = _mean_packed(hidden_BLD[0], real_BL.sum(dim=1)) if packed else _mean(hidden_BLD, real_BL)
+    return embedding_BD if packed else embedding_BD.masked_fill(~real_BL.any(dim=1, keepdim=True), float("nan"))
+
+
+def last_places(mask_BL: Tensor, packed: bool) -> Tensor:
+    """Where the last real token of each item (B,) is among all tokens: of the rows behind one another, or of the packed row."""
+    real_BL = mask_BL.bool()
+    if packed:
+        return real_BL.sum(dim=1).cumsum(0) - 1
+    items, length = real_BL.shape
+    last_B = torch.where(real_BL, torch.arange(length, device=real_BL.device), 0).amax(dim=1)
+    return torch.arange(items, device=real_BL.device) * length + last_B
 
 
 def normalize(embedding_BD: Tensor) -> Tensor:
@@ -50,21 +62,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _last(hidden_BLD: Tensor, real_BL: Tensor) -> Tensor:
-    places_L = torch.arange(real_BL.shape[1], device=real_BL.device)
-    last_B = torch.where(real_BL, places_L, 0).amax(dim=1)
-    rows_B = torch.arange(len(last_B), device=real_BL.device)
-    return hidden_BLD[rows_B, last_B].to(_wide(hidden_BLD))
-
-
 def _mean(hidden_BLD: Tensor, real_BL: Tensor) -> Tensor:
     # masked_fill rather than a product: padding may hold NaN; the sum is wide without a wide copy of the states
     total_BD = hidden_BLD.masked_fill(~real_BL.unsqueeze(-1), 0).sum(dim=1, dtype=_wide(hidden_BLD))
     return total_BD / real_BL.sum(dim=1, keepdim=True)
 
 
-def _pool_packed(hidden_TD: Tensor, length_B: Tensor, how: str) -> Tensor:
-    if how == "last":
-        return hidden_TD[length_B.cumsum(0) - 1].to(_wide(hidden_TD))
+def _mean_packed(hidden_TD: Tensor, length_B: Tensor) -> Tensor:
     # `unsafe` leaves out a check of the lengths, for which a GPU would be waited for
     return torch.segment_reduce(hidden_TD.to(_wide(hidden_TD)), "mean", lengths=length_B, unsafe=True)

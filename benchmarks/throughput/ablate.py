@@ -104,6 +104,11 @@ def _with_head(ours: Ours) -> AbstractContextManager[Any]:
     return mock.patch.object(backbone, "hidden", hidden)
 
 
+def _whole_last_layer(ours: Ours) -> AbstractContextManager[Any]:
+    """The last layer computes every token."""
+    return mock.patch.object(ours.encoder.backbone, "narrows", False)
+
+
 def _without_replay(ours: Ours) -> AbstractContextManager[Any]:
     """Nothing to replay: towers run in both passes."""
     return mock.patch.object(step, "leading_frozen", lambda modules: [])
@@ -147,6 +152,7 @@ def _every_occurrence(batch: Batch) -> Batch:
 VARIANTS: dict[str, Variant] = {
     "ours": Variant(),
     "with head": Variant(inside=_with_head),
+    "whole last layer": Variant(inside=_whole_last_layer),
     "towers twice": Variant(inside=_without_replay),
     "every occurrence": Variant(batch=_every_occurrence),
     "input order": Variant(inside=_in_input_order),
@@ -170,6 +176,7 @@ class Row:
 
 ROWS = (
     Row("inner model without its head", "ours", "with head"),
+    Row("last layer only where it is read", "ours", "whole last layer"),
     Row("frozen towers once (replay)", "ours", "towers twice"),
     Row("distinct items only", "ours", "every occurrence"),
     Row("chunks by tokens, sorted by length", "ours", "input order"),

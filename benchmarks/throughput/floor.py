@@ -24,7 +24,7 @@ from vlm2vec.collate import Features
 from vlm2vec.data.images import load_image
 from vlm2vec.data.types import Item
 from vlm2vec.estimate import kept_chunks
-from vlm2vec.flops import Chunk, Linear, step_cost, useful_cost
+from vlm2vec.flops import Chunk, Linear, Stack, step_cost, useful_cost
 from vlm2vec.inventory import Inventory, take
 from vlm2vec.workload import Entry, Looker, Workload
 
@@ -85,12 +85,12 @@ class Arithmetic:
     def ours(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Our step over the distinct items: `useful` and `done` operations, tokens, padding."""
         (chunks,) = Workload((tuple(entries),), 1, "").chunks(self.budget.chunk_tokens)
-        return {"useful": self.useful(entries), **self._done(chunks, kept_chunks(chunks, self.budget.keep_tokens), replayed=True)}
+        return {"useful": self.useful(entries), **self._done(self.inventory.stacks, chunks, kept_chunks(chunks, self.budget.keep_tokens))}
 
     def peer(self, columns: Sequence[Sequence[Entry]], cuts: Sequence[list[list[int]]]) -> dict[str, float]:
-        """The peer's step on its mini-batches: the towers run in both passes."""
+        """The peer's step on its mini-batches: the towers run in both passes, the last layer at every token."""
         cut = [[column[row] for row in rows] for column, groups in zip(columns, cuts, strict=True) for rows in groups]
-        return self._done([_one_chunk(group) for group in cut], 0, replayed=False)
+        return self._done([_plain(stack) for stack in self.inventory.stacks], [_one_chunk(group) for group in cut], 0)
 
     def useful(self, entries: Sequence[Entry]) -> float:
         """What the mathematics of a step needs."""
@@ -106,8 +106,7 @@ class Arithmetic:
         """Weights once per pass over a chunk, of which a training step makes three."""
         return 3 * chunks * self.inventory.total * torch.finfo(getattr(torch, self.recipe.model.dtype)).bits / 8
 
-    def _done(self, chunks: Sequence[Chunk], kept: int, replayed: bool) -> dict[str, float]:
-        stacks = [replace(stack, replayed=stack.replayed and replayed) for stack in self.inventory.stacks]
+    def _done(self, stacks: Sequence[Stack], chunks: Sequence[Chunk], kept: int) -> dict[str, float]:
         tokens, padded = sum(sum(chunk.lengths) for chunk in chunks), sum(chunk.padded for chunk in chunks)
         return {
             "done": sum(step_cost(stacks, chunks, self.inventory.extra, kept).values()),
@@ -116,6 +115,12 @@ class Arithmetic:
             "largest": max(chunk.padded for chunk in chunks),
             "chunks": len(chunks),
         }
+
+
+def _plain(stack: Stack) -> Stack:
+    """The stack of who does not save what we do."""
+    ops = tuple(replace(op, last=False) if isinstance(op, Linear) else op for op in stack.ops)
+    return replace(stack, ops=ops, replayed=False)
 
 
 def _one_chunk(entries: Sequence[Entry]) -> Chunk:

@@ -25,6 +25,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm2vec.backbones.chat import RAW, ChatTemplate
+from vlm2vec.backbones.last_layer import READ, narrow_last
 from vlm2vec.backbones.loading import load_image_processor, load_model, load_tokenizer, no_bars
 from vlm2vec.backbones.packed import boundaries, check_packs
 from vlm2vec.backbones.pictures import PIXELS, VECTORS, apart, one_by_one
@@ -35,6 +36,7 @@ from vlm2vec.config import RESOLUTIONS, ModelConfig
 from vlm2vec.errors import DataError, ModelError, RecipeError
 from vlm2vec.io import digest
 from vlm2vec.log import get_logger
+from vlm2vec.pooling import last_places
 from vlm2vec.prompts import split
 
 Part = Literal["language", "projector", "vision", "head"]
@@ -353,6 +355,8 @@ class Backbone(nn.Module, ABC):
         self.model = model
         self.processor = processor
         self.options = options
+        # Whether the last layer computes only what is read; of a model that nobody wrote a family for it is not known what it hands on.
+        self.narrows = model.config.model_type in self.model_types and narrow_last(model, processor.packs)
 
     @classmethod
     def load(cls, path: Path, options: ModelConfig) -> Backbone:
@@ -376,8 +380,17 @@ class Backbone(nn.Module, ABC):
         return self.model.model
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
-        """Last hidden states of a collated chunk, for every place of its `input_ids`: (C, L, D), or (1, T, D) where it is packed."""
+        """Last hidden states of a collated chunk, for every place of its `input_ids`: (C, L, D), or (1, T, D) where it is packed.
+
+        Of a batch that `read_last` gave, only those that are read.
+        """
         return self.inner(**self.inputs(batch), use_cache=False).last_hidden_state
+
+    def read_last(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`batch`, of whose states only those at the last real token of each item will be read: where the model `narrows`, the last layer
+        leaves the others unfinished.
+        """
+        return {**batch, READ: last_places(batch["attention_mask"], self.processor.packed)} if self.narrows else batch
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """A collated chunk as the model takes it: where it is packed, the boundaries of items in the place of the mask; where its pictures
