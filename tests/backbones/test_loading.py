@@ -94,6 +94,9 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     _refused(tmp_path, "no config.json; it is no model folder")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    _refused(tmp_path, f"no config.json; the model is in {tmp_path}/model")
     (tmp_path / "adapter_config.json").write_text("{}")
     _refused(tmp_path, "it is a LoRA adapter, give its base model as path")
 

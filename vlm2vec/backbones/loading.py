@@ -67,13 +67,20 @@ def _words(error: Exception) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of `folder`, once its text files are known to be what their names say."""
     if not (folder / CONFIG).is_file():
-        is_adapter = (folder / "adapter_config.json").is_file()
-        what = "it is a LoRA adapter, give its base model as path" if is_adapter else "it is no model folder"
-        raise ModelError(f"{folder}: no {CONFIG}; {what}")
+        raise ModelError(f"{folder}: no {CONFIG}; {_what_it_is(folder)}")
     for file in sorted(folder.iterdir()):
         if file.suffix in TEXT_SUFFIXES:
             check_text(file)
     return _json_object(folder / CONFIG)
+
+
+def _what_it_is(folder: Path) -> str:
+    """A folder that is no model, in words."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is a LoRA adapter, give its base model as path"
+    if any((folder / "model" / name).is_file() for name in (CONFIG, "adapter_config.json")):
+        return f"the model is in {folder / 'model'}"
+    return "it is no model folder"
 
 
 def _json_object(file: Path) -> dict[str, Any]:
