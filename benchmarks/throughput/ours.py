@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -30,7 +32,9 @@ class Ours:
     """`recipe` is the setting's, or one that differs in what an ablation switches."""
 
     def __init__(self, setting: Setting, recipe: Recipe | None = None) -> None:
-        self.setting, self.recipe = setting, recipe or setting.recipe
+        recipe = recipe or setting.recipe
+        folder = tempfile.mkdtemp(dir=setting.folder)  # a run keeps to the chunks that its folder says, and these may be another variant's
+        self.setting, self.recipe = setting, replace(recipe, run=replace(recipe.run, dir=folder))
         self.encoder = load_encoder(self.recipe, setting.adapter).to(setting.device)
         self.engine = prepare(self.recipe.train, self.encoder, InfoNCE(self.recipe.loss).to(setting.device))
         self.step = Step(self.recipe, self.engine)
