@@ -23,6 +23,7 @@ from benchmarks.throughput.ours import Ours, differs
 from benchmarks.throughput.peer import MiniBatch, Peer
 from benchmarks.throughput.setting import Setting, table, write_models
 from benchmarks.throughput.workloads import KINDS, Workload, make_workload
+from vlm2vec.budget import Budget
 
 PAIRS = 6
 
@@ -181,6 +182,11 @@ def test_what_is_undone_costs_operations(built: Callable[[str], Built]) -> None:
     for name in ("with head", "whole last layer", "towers twice", "every occurrence", "checkpointed"):
         assert operations(name) > base, name
     assert operations("graphs kept") < base and operations("input order") != base
+
+
+def test_each_variant_has_chunks_of_its_own(setting: Setting, built: Callable[[str], Built]) -> None:
+    built("settled").train()
+    assert built("settled").ours.step.budget != Ours(setting).step.budget == Budget.given(setting.recipe.train)
 
 
 def test_a_switch_that_is_not_there_is_not_offered(setting: Setting) -> None:
