@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import resource
 import signal
@@ -142,3 +144,13 @@ def test_workers_outlive_the_first_signal_to_the_whole_group(forked: Callable[..
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert forked(child) == -signal.SIGTERM
+
+
+def test_workers_end_at_once_where_an_error_is_garbage_in_a_circle() -> None:
+    values: list[Any] = [read_ahead(Made(), range(4), 1)]
+    next(values[0])
+    (worker,) = multiprocessing.active_children()
+    values.append(values)
+    del values
+    gc.collect()
+    assert worker.exitcode == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -73,7 +74,16 @@ def read_ahead(dataset: Dataset[Any], order: Iterable[Any], workers: int, **opti
     `options` are those of torch's DataLoader.
     """
     fixed: dict[str, Any] = {"batch_size": None, "collate_fn": _sent, "worker_init_fn": _patient}
-    return map(_received, iter(DataLoader(dataset, sampler=order, num_workers=workers, **fixed, **options)))
+    made = iter(DataLoader(dataset, sampler=order, num_workers=workers, **fixed, **options))
+    received = (_received(value) for value in made)
+    # An error that is raised and also held by a frame in its own traceback is garbage in a circle, with all that the frame holds. Collected
+    # with it, torch's iterator finds its queues closed already, cannot tell its workers and waits for them for ten seconds.
+    weakref.finalize(received, _let_go, made).atexit = False
+    return received
+
+
+def _let_go(made: Iterator[Any]) -> None:
+    """Held by who calls this until then, and by nobody afterwards."""
 
 
 def _patient(worker: int) -> None:
