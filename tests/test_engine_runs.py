@@ -72,7 +72,7 @@ def test_a_run_goes_on_under_another_engine_and_another_number_of_processes(tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_and_workers_reads_the_same_pairs(
     world: int, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

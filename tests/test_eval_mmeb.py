@@ -94,6 +94,7 @@ def shuffled(table: pa.Table, dice: random.Random) -> pa.Table:
     return pa.Table.from_pylist(dice.sample(rows, len(rows)), table.schema)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(
     made: Path, encoder: Encoder, alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Callable
 ) -> None:

@@ -214,6 +214,7 @@ def killed(source: Path, to: Path, fault: str) -> None:
     build(source, to)
 
 
+@pytest.mark.slow
 def test_killed_at_every_point_it_goes_on_to_the_same_index(tmp_path: Path, forked: Callable[..., int]) -> None:
     """A first build, and one that drops most rows: before it ends the old index answers, after it the new one."""
     source, old = texts(tmp_path / "old.jsonl", 9), tmp_path / "old"

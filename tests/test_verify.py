@@ -48,7 +48,12 @@ def worst(report: Report | None) -> dict[str, float]:
     return {tool: max(row.largest for row in report.rows if row.tool == tool) for tool in {row.tool for row in report.rows}}
 
 
-@pytest.mark.parametrize("family", sorted(registry()))
+def families() -> list[Any]:
+    """Every second one in every run of the tests, all in the slow ones."""
+    return [pytest.param(family, marks=[pytest.mark.slow] if number % 2 else []) for number, family in enumerate(sorted(registry()))]
+
+
+@pytest.mark.parametrize("family", families())
 def test_every_family_embeds_alike_in_every_tool_that_can_hold_it(family: str, tmp_path: Path) -> None:
     found = worst(report := export(f"builtin/tiny-{family}", tmp_path / "out"))
     assert max(found.values()) <= BAR

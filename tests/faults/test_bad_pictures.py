@@ -110,7 +110,7 @@ def tensors(run_dir: Path) -> dict[str, list]:
     return {name: tensor.tolist() for name, tensor in load_file(newest / "adapter_model.safetensors").items()}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.faults)])
 def test_killed_and_resumed_the_list_and_the_log_are_the_same(
     workers: int, damaged: Path, tmp_path: Path, tally: Callable[..., None]
 ) -> None:

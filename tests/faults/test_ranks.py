@@ -158,7 +158,7 @@ def test_a_full_memory_shrinks_the_chunks_and_nothing_else(engine: str, chunk: i
         assert [row[key] for row in full] == pytest.approx([row[key] for row in calm], rel=1e-5)
 
 
-@pytest.mark.parametrize("engine", [*engines("fsdp2"), *engines("zero3", mark=pytest.mark.faults)])
+@pytest.mark.parametrize("engine", [*engines("fsdp2", mark=pytest.mark.slow), *engines("zero3", mark=pytest.mark.faults)])
 def test_where_ranks_meet_in_chunks_a_full_memory_ends_the_run_and_the_next_start_has_smaller_ones(
     engine: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
