@@ -83,7 +83,7 @@ def read_ahead(dataset: Dataset[Any], order: Iterable[Any], workers: int, **opti
 
 
 def _let_go(made: Iterator[Any]) -> None:
-    """Held by who calls this until then, and by nobody afterwards."""
+    """Do nothing: until this call its finalizer kept `made` out of all garbage, and now nobody holds it."""
 
 
 def _patient(worker: int) -> None:
